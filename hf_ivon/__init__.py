@@ -1,0 +1,61 @@
+"""Variational learning with IVON for Hugging Face Transformers.
+
+The names below are loaded on first use, so that ``import hf_ivon`` stays light: the optimizer, the posterior and the
+merge rules need torch and safetensors only; the Trainer brings Transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "IVON": "optim",
+    "IVONTrainer": "training.trainer",
+    "IVONTrainerMixin": "training.trainer",
+    "IVONTrainingArguments": "training.arguments",
+    "Posterior": "posterior",
+    "PosteriorConfig": "posterior",
+    "PosteriorFormatError": "checkpoint",
+    "load_posterior": "checkpoint",
+    "posterior_perplexity": "predict",
+    "posterior_predict": "predict",
+    "save_posterior": "checkpoint",
+}
+
+__all__ = [
+    "IVON",
+    "IVONTrainer",
+    "IVONTrainerMixin",
+    "IVONTrainingArguments",
+    "Posterior",
+    "PosteriorConfig",
+    "PosteriorFormatError",
+    "__version__",
+    "load_posterior",
+    "posterior_perplexity",
+    "posterior_predict",
+    "save_posterior",
+]
+
+if TYPE_CHECKING:
+    from hf_ivon.checkpoint import PosteriorFormatError, load_posterior, save_posterior
+    from hf_ivon.optim import IVON
+    from hf_ivon.posterior import Posterior, PosteriorConfig
+    from hf_ivon.predict import posterior_perplexity, posterior_predict
+    from hf_ivon.training.arguments import IVONTrainingArguments
+    from hf_ivon.training.trainer import IVONTrainer, IVONTrainerMixin
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

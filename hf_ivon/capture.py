@@ -1,0 +1,320 @@
+"""What the hooks see of one optimizer step: gradients at weight samples, and how its contexts are put together.
+
+A *window* is what one optimizer step is made of: one or more training contexts (`IVON.sampled_params(train=True)`),
+each with its own draw of the weights. Two ways of writing a window are told apart by what happens to `p.grad`:
+
+- gradients zeroed inside a context: the contexts are Monte-Carlo samples of one loss, and are averaged;
+- gradients left to add up: the losses carry the weights (gradient accumulation), and the contexts are summed.
+
+Either way `p.grad` is, between contexts, the gradient of the window so far, so that clipping, scalers and reductions
+find what they expect; the hooks only add ``gradient * (theta - mean)`` of each backward pass to a buffer of their own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_ivon.functional import cache_sized
+from hf_ivon.state import state_dtype
+
+_MIXED = (
+    "This step mixes contexts whose gradients were zeroed (averaged) with contexts whose gradients add up (summed), "
+    "so its gradient has no single meaning. Call `optimizer.zero_grad()` first inside every "
+    "`with optimizer.sampled_params(train=True):` to average them, or in none but the first to sum them."
+)
+_AT_MEAN = (
+    "`step()` found gradients that were not taken at a weight sample (first: {name}). "
+    "Wrap forward and backward in `with optimizer.sampled_params(train=True):`, or pass a closure to `step`."
+)
+_STALE = (
+    "Gradients of an earlier step are still in `p.grad`, so this step would add to them. "
+    "Call `optimizer.zero_grad()` once per step."
+)
+_BROKEN = (
+    "An earlier `with optimizer.sampled_params(train=True):` failed after its backward pass had begun, so `p.grad` is "
+    "incomplete. Call `optimizer.zero_grad()` and repeat the step."
+)
+_AUTOGRAD_GRAD = (
+    "`torch.autograd.grad` with respect to parameters was called inside `sampled_params(train=True)`; its gradients "
+    "cannot be told from those of the training loss. Call `loss.backward()` here, and `torch.autograd.grad` outside."
+)
+
+
+@dataclass
+class _Context:
+    """One training context: which parameters got a gradient, and what `p.grad` was before it."""
+
+    weight: float
+    inverse_scale: float | Tensor
+    before: dict[Tensor, tuple[Tensor, int]]
+    zeroed: bool = False
+    seen: set[Tensor] = field(default_factory=set)
+    accumulated: set[Tensor] = field(default_factory=set)
+    cleared: set[bool] = field(default_factory=set)
+
+
+class GradientCapture:
+    """Hooks on the parameters, and the window that they fill.
+
+    Args:
+        means: Parameter to posterior mean, for the parameters that hold a weight sample; kept up by the sampler.
+        squared: Keep the squared gradient of the window (`hess_approx="gradsq"`) instead of gradient times noise.
+
+    Attributes:
+        contexts: Training contexts of this window that ended with gradients.
+        entered: Training contexts of this window that were entered; numbers the draws.
+        averaged: True if contexts are averaged, False if summed, None while there is only one.
+        captured: Parameters that hold a gradient of this window.
+    """
+
+    def __init__(self, means: Mapping[Tensor, Tensor], *, squared: bool) -> None:
+        self._means = means
+        self._squared = squared
+        self._context: _Context | None = None
+        self._buffers: dict[Tensor, Tensor] = {}
+        self._hooked: set[Tensor] = set()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        weakref.finalize(self, _remove_all, self._handles)
+        self._at_mean: set[Tensor] = set()
+        self._stale: dict[Tensor, tuple[int, int]] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the window; buffers stay allocated."""
+        self.contexts = 0
+        self.entered = 0
+        self.averaged: bool | None = None
+        self.captured: set[Tensor] = set()
+        self._broken: set[Tensor] = set()
+        self._started: set[Tensor] = set()
+
+    def attach(self, params: Iterable[Tensor]) -> None:
+        """Hook the parameters that are not hooked yet; the hooks die with this object."""
+        reference = weakref.ref(self)
+        for p in params:
+            if p in self._hooked:
+                continue
+
+            def on_gradient(grad: Tensor, p: Tensor = p) -> Tensor | None:
+                capture = reference()
+                return None if capture is None else capture._on_gradient(p, grad)
+
+            def on_accumulated(p: Tensor) -> None:
+                capture = reference()
+                if capture is not None:
+                    capture._on_accumulated(p)
+
+            self._hooked.add(p)
+            if p.grad is not None and p.grad.any():  # from before the hooks; asked once per parameter
+                self._at_mean.add(p)
+            self._handles.append(p.register_hook(on_gradient))
+            self._handles.append(p.register_post_accumulate_grad_hook(on_accumulated))
+
+    # ------------------------------------------------------------------ contexts
+
+    def begin(self, *, weight: float, grad_scale: float | Tensor | None) -> bool:
+        """Open a training context.
+
+        Returns:
+            Whether gradients had been cleared outside a context, so that an unfinished window was dropped.
+
+        Raises:
+            RuntimeError: If some of the window's gradients were cleared and others not.
+        """
+        cleared = {p.grad is None for p in self.captured | self._broken}
+        if self._broken and False in cleared:
+            raise RuntimeError(_BROKEN)
+        if len(cleared) == 2:
+            raise RuntimeError(_MIXED)
+        dropped = cleared == {True}
+        if dropped:
+            self.clear()
+        before = {p: (p.grad, p.grad._version) for p in self.captured if p.grad is not None}
+        inverse_scale = 1.0 if grad_scale is None else 1.0 / grad_scale
+        self._context = _Context(weight, inverse_scale, before)
+        self.entered += 1
+        return dropped
+
+    def end(self, failed: bool) -> None:
+        """Close the training context and settle how it joins the window.
+
+        Raises:
+            RuntimeError: If the context's gradients cannot be put together with the window's.
+        """
+        context, self._context = self._context, None
+        if context is None:
+            return
+        if failed:
+            self._broken |= context.seen
+            return
+        if context.seen != context.accumulated:
+            self._broken |= context.seen
+            raise RuntimeError(_AUTOGRAD_GRAD)
+        if not context.accumulated:
+            return
+        if self.contexts:
+            self._settle(context)
+        with torch.no_grad():
+            if self._squared:
+                self._square(context)
+            if self.averaged:
+                self._average(context)
+        self.captured |= context.accumulated
+        self.contexts += 1
+
+    def zero_grad(self, set_to_none: bool) -> bool:
+        """Note that the optimizer is about to clear its gradients.
+
+        Returns:
+            Whether an unfinished window was dropped (cleared outside a training context).
+
+        Raises:
+            RuntimeError: If this context has gradients already, and earlier contexts have too.
+        """
+        context = self._context
+        dropped = False
+        if context is None:
+            dropped = bool(self.captured or self._broken)
+            self.clear()
+        elif context.seen:
+            if self.contexts:
+                raise RuntimeError(_MIXED)
+            # The only context starts over: what it captured goes with the gradients.
+            context.seen.clear()
+            context.accumulated.clear()
+            self._started.clear()
+        elif self.contexts:
+            context.zeroed = True
+            if not set_to_none:  # zeroed in place: keep the earlier contexts' gradients
+                context.before = {p: (g.clone(), version) for p, (g, version) in context.before.items()}
+        self._at_mean.clear()
+        self._stale.clear()
+        return dropped
+
+    # ------------------------------------------------------------------ the step
+
+    def check(self, params: Iterable[Tensor], names: dict[Tensor, str], mc_samples: int) -> None:
+        """Make sure that every gradient was taken at weight samples.
+
+        Raises:
+            RuntimeError: If not; the message says what to do.
+        """
+        if self._broken:
+            raise RuntimeError(_BROKEN)
+        for p in params:
+            if p not in self.captured or p in self._at_mean:
+                stale = p.grad is not None and self._stale.get(p) == (id(p.grad), p.grad._version)
+                raise RuntimeError(_STALE if stale else _AT_MEAN.format(name=names.get(p, "?")))
+        if self.contexts % mc_samples:
+            raise RuntimeError(
+                f"`mc_samples` is {mc_samples}, but this step ran {self.contexts} training context(s). Run a multiple "
+                f"of `mc_samples` contexts per step, pass a closure to `step`, or set `mc_samples` to what you run."
+            )
+
+    def curvature(self, p: Tensor) -> tuple[Tensor, float]:
+        """Return the window's buffer for `p`, shape of `p`, and the number to divide it by."""
+        return self._buffers[p], float(self.contexts) if self.averaged else 1.0
+
+    def finish(self, params: Iterable[Tensor]) -> None:
+        """Close the window after a step, and remember its gradients to recognize them if they are never cleared."""
+        self._stale = {p: (id(p.grad), p.grad._version) for p in params if p.grad is not None}
+        self._at_mean.clear()
+        self.clear()
+
+    # ------------------------------------------------------------------ inside
+
+    def _on_gradient(self, p: Tensor, grad: Tensor) -> Tensor | None:
+        context = self._context
+        if context is None or p not in self._means:
+            return None
+        if grad.is_sparse:
+            raise RuntimeError(
+                "IVON needs dense gradients, got a sparse one. Build the embedding with `sparse=False`."
+            )
+        if p not in context.seen:
+            context.seen.add(p)
+            self._check_first(context, p)
+        if not self._squared:
+            self._add_noise_grad(context, p, grad)
+        return None if context.weight == 1.0 else grad * context.weight
+
+    def _on_accumulated(self, p: Tensor) -> None:
+        if self._context is None or p not in self._means:
+            self._at_mean.add(p)
+        else:
+            self._context.accumulated.add(p)
+
+    def _check_first(self, context: _Context, p: Tensor) -> None:
+        """Read off `p.grad`, before this context adds to it, whether the window's gradient was cleared."""
+        if p.grad is None:
+            self._at_mean.discard(p)
+        if p in context.before:
+            changed = p.grad is not None and p.grad._version != context.before[p][1]
+            if changed and not context.zeroed:
+                raise RuntimeError(
+                    "Gradients were changed in place inside `sampled_params(train=True)` before its backward pass. "
+                    "Zero them by `optimizer.zero_grad()`, and clip them after the backward pass."
+                )
+            context.cleared.add(context.zeroed or p.grad is None)
+        elif p.grad is not None and self._stale.get(p) == (id(p.grad), p.grad._version):
+            raise RuntimeError(_STALE)
+
+    def _add_noise_grad(self, context: _Context, p: Tensor, grad: Tensor) -> None:
+        mean = self._means[p]
+        if p not in self._started:
+            self._started.add(p)
+            self._buffers[p] = self._clean_buffer(p, mean)
+        factor = context.inverse_scale * context.weight
+        with torch.no_grad():
+            for total, theta, m, g in cache_sized(self._buffers[p], p.detach(), mean, grad.detach()):
+                # The perturbation that was really applied: what rounding made of mean + noise, minus the mean.
+                noise = theta.to(m.dtype) - m
+                total.add_(noise.mul_(g).mul_(factor))
+
+    def _clean_buffer(self, p: Tensor, mean: Tensor) -> Tensor:
+        buffer = self._buffers.get(p)
+        if buffer is None or buffer.shape != mean.shape or buffer.device != mean.device:
+            return torch.zeros_like(mean)
+        return buffer.zero_()
+
+    def _settle(self, context: _Context) -> None:
+        """Decide between averaging and summing from what this context found in `p.grad`."""
+        cleared = (
+            {True} if context.zeroed else context.cleared | {p.grad is None for p in self.captured - context.seen}
+        )
+        if len(cleared) != 1 or self.averaged not in (None, *cleared):
+            self._broken |= context.seen
+            raise RuntimeError(_MIXED)
+        self.averaged = cleared.pop()
+
+    def _average(self, context: _Context) -> None:
+        """Make `p.grad` the running average over contexts, as it is the running sum when they add up."""
+        share = self.contexts / (self.contexts + 1.0)
+        for p in self.captured | context.accumulated:
+            earlier = context.before[p][0] if p in context.before else None
+            if p.grad is None:
+                p.grad = None if earlier is None else earlier.mul_(share)
+            elif earlier is None:
+                p.grad.mul_(1.0 - share)
+            else:
+                p.grad.lerp_(earlier, share)
+
+    def _square(self, context: _Context) -> None:
+        """Keep the squared gradient: of the sum so far, or summed over the contexts that are to be averaged."""
+        for p in context.accumulated:
+            if p.grad is None:
+                continue
+            squared = p.grad.to(state_dtype(p)).mul(context.inverse_scale).square_()
+            keep = self.averaged and p in self._started
+            self._buffers[p] = self._buffers[p].add_(squared) if keep else squared
+            self._started.add(p)
+
+
+def _remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

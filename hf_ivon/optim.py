@@ -1,0 +1,402 @@
+"""IVON as a `torch.optim.Optimizer`: weight samples, options, the step and its state.
+
+The mathematics stands in `hf_ivon.functional`; what the gradient hooks see, and how several contexts make one step,
+in `hf_ivon.capture`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ivon import functional
+from hf_ivon.capture import GradientCapture
+from hf_ivon.options import check_options
+from hf_ivon.sampling import WeightSampler
+from hf_ivon.state import (
+    adopt_changes,
+    complete_state,
+    match_saved_state,
+    parameter_names,
+    set_prior_means,
+    state_dtype,
+)
+from hf_ivon.statistics import posterior_statistics
+
+logger = logging.getLogger(__name__)
+
+# Streams of noise: the draws of training and those of prediction never meet.
+_TRAIN, _EVAL = 0, 1
+
+
+class IVON(torch.optim.Optimizer):
+    r"""Improved Variational Online Newton: learns a Gaussian over the weights at about AdamW's cost.
+
+    Outside of `sampled_params` the parameters are the posterior mean. A training step samples, runs forward and
+    backward, and steps::
+
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            loss_fn(model(inputs), targets).backward()
+        optimizer.step()
+
+    Several contexts before one `step` are averaged if each zeroes the gradients inside (Monte-Carlo samples), and
+    summed if the gradients add up (gradient accumulation; the losses carry the weights).
+
+    Args:
+        params: Parameters or parameter groups, as for any torch optimizer; every option below may differ by group.
+        lr: Learning rate, at least 0.
+        ess: Effective sample size λ, number of training examples (of label tokens for a language model), > 0.
+        hess_init: Start value h0 of the Hessian, loss/param² per example, > 0.
+        beta1: Decay of the gradient average, in [0, 1).
+        beta2: Decay of the Hessian average, in [0, 1).
+        weight_decay: Prior precision per example δ, loss/param², at least 0.
+        mc_samples: Weight samples a step, at least 1: what `step(closure)` runs; in a loop of your own, the number of
+            training contexts must be a multiple of it.
+        clip_radius: Element-wise bound ξ of the Newton step, > 0; inf is off.
+        rescale_lr: Multiply `lr` by ``hess_init + weight_decay``, so that first steps have the size of `lr`. Has no
+            effect when clipping is on.
+        debias: Divide the gradient average by ``1 - beta1**t``.
+        hess_approx: ``"price"``, the reparameterization estimator of Equation 3, or ``"gradsq"``, the squared gradient
+            of the step's batch (Appendix B.2).
+        prior_mean: ``"zero"``; ``"init"``, the weights at the first use; or one tensor per parameter, in order.
+        seed: Seed of the weight noise, which has a generator of its own, in [0, 2**63).
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Source:
+        arXiv:2402.17641, Algorithm 1 and Appendix A.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float,
+        ess: float,
+        hess_init: float = 1.0,
+        beta1: float = 0.9,
+        beta2: float = 0.99999,
+        weight_decay: float = 1e-4,
+        mc_samples: int = 1,
+        clip_radius: float = math.inf,
+        rescale_lr: bool = True,
+        debias: bool = True,
+        hess_approx: str = "price",
+        prior_mean: str | Iterable[Tensor] = "zero",
+        seed: int = 0,
+    ) -> None:
+        given = None if isinstance(prior_mean, str) else list(prior_mean)
+        defaults = {
+            "lr": lr,
+            "ess": ess,
+            "hess_init": hess_init,
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": weight_decay,
+            "mc_samples": mc_samples,
+            "clip_radius": clip_radius,
+            "rescale_lr": rescale_lr,
+            "debias": debias,
+            "hess_approx": hess_approx,
+            "prior_mean": prior_mean if given is None else "given",
+            "seed": seed,
+            "window": 0,  # closed windows; with the seed, the whole random state
+        }
+        check_options(defaults)
+        super().__init__(params, defaults)
+        self._start()
+        if given is not None:
+            set_prior_means([p for _, p in self._parameters()], given, self.state)
+
+    def _start(self) -> None:
+        """Make what a checkpoint does not hold: sampler and capture, with their buffers."""
+        squared = any(group["hess_approx"] == "gradsq" for group in self.param_groups)
+        self._sampler = WeightSampler()
+        self._capture = GradientCapture(self._sampler.means, squared=squared)
+        self._inside = False
+        self._eval_draws = 0
+        self._warned_dropped = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or a deep copy; the hooks belong to the original and are made anew."""
+        super().__setstate__(state)
+        if not hasattr(self, "_capture"):
+            self._start()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, also in the middle of training.
+
+        Args:
+            param_group: `params`, and any option of this class for them; `prior_mean` may be tensors, in order.
+
+        Raises:
+            ValueError: If an option is out of range, or `hess_approx` differs from that of the other groups.
+        """
+        given = None
+        if not isinstance(param_group.get("prior_mean", "zero"), str):
+            given = list(param_group["prior_mean"])
+            param_group = {**param_group, "prior_mean": "given"}
+        options = {**self.defaults, **param_group}
+        check_options(options)
+        if options["prior_mean"] == "given" and given is None and hasattr(self, "_capture"):
+            raise ValueError("`prior_mean` must be given for the new group too. Pass tensors, 'init' or 'zero' in it.")
+        if any(group["hess_approx"] != options["hess_approx"] for group in self.param_groups):
+            raise ValueError(
+                f"`hess_approx` must be the same in all groups, got {options['hess_approx']!r} beside "
+                f"{self.param_groups[0]['hess_approx']!r}. Choose one."
+            )
+        if self.param_groups:
+            param_group.setdefault("window", self.param_groups[0]["window"])
+        super().add_param_group(param_group)
+        if given is not None:
+            set_prior_means(self.param_groups[-1]["params"], given, self.state)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the parameters hold a weight sample now, that is, inside `sampled_params`."""
+        return self._inside
+
+    @contextmanager
+    def sampled_params(
+        self, train: bool = False, *, weight: float = 1.0, grad_scale: float | Tensor | None = None
+    ) -> Generator[None, None, None]:
+        """Put a weight sample into the parameters, in place; on exit they are the mean again, bit for bit.
+
+        Args:
+            train: Take the gradients of this context into the next `step`. Without it (prediction) they are refused.
+            weight: Factor on the gradients of this context, > 0: 1/S for S samples of one loss that add up.
+            grad_scale: Loss scale of fp16 training that the gradients carry; float or 0-dim tensor.
+
+        Raises:
+            RuntimeError: If called inside another sample, or if the window's gradients have no single meaning.
+            ValueError: If `weight` is not positive.
+        """
+        if self._inside:
+            raise RuntimeError("`sampled_params` must not be nested. Leave the outer `with` block first.")
+        if not weight > 0:
+            raise ValueError(f"`weight` must be positive, got {weight!r}. Pass 1/S for S samples that add up.")
+        if train:
+            self._capture.attach(p for _, p in self._parameters() if p.requires_grad)
+            if self._capture.begin(weight=weight, grad_scale=grad_scale):
+                self._advance_window()
+            draw, stream = self._capture.entered, _TRAIN
+        else:
+            self._eval_draws += 1
+            draw, stream = self._eval_draws, _EVAL
+        failed = True
+        try:
+            self._inside = True
+            for index, (group, p) in enumerate(self._parameters()):
+                if p.requires_grad:
+                    key = (group["seed"], stream, group["window"], draw, index)
+                    self._sampler.perturb(p, group, self._state(p, group), key)
+            torch.clear_autocast_cache()  # autocast remembers casts of the weights as they were
+            yield
+            failed = False
+        finally:
+            self._sampler.restore()
+            self._inside = False
+            torch.clear_autocast_cache()
+            if train:
+                self._capture.end(failed)
+
+    def _advance_window(self) -> None:
+        self._eval_draws = 0
+        for group in self.param_groups:
+            group["window"] += 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; inside a training context this marks its window as averaged.
+
+        Args:
+            set_to_none: Release the gradients instead of writing zeros.
+
+        Raises:
+            RuntimeError: If the context has gradients already, on top of those of earlier contexts.
+        """
+        if self._capture.zero_grad(set_to_none):
+            self._advance_window()
+            if not self._warned_dropped:
+                self._warned_dropped = True
+                logger.warning(
+                    "`zero_grad()` outside of `sampled_params` dropped gradients that no `step()` had used. That is "
+                    "right after a skipped step; to average several samples, call it inside each context."
+                )
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update mean and Hessian from the gradients of this window's contexts.
+
+        Args:
+            closure: Zeroes the gradients, runs forward and backward, and returns the loss. It is run at `mc_samples`
+                weight samples; without it the contexts are yours.
+
+        Returns:
+            The closure's loss, averaged over the samples; None without closure.
+
+        Raises:
+            RuntimeError: If gradients were taken at the mean or in contexts that do not fit together, or if called
+                inside a sample.
+        """
+        if self._inside:
+            raise RuntimeError("`step()` must not be called inside `sampled_params`. Leave the `with` block first.")
+        loss = None if closure is None else self._run_closure(closure)
+        with_grad = [(group, p, p.grad) for group, p in self._parameters() if p.grad is not None]
+        if not with_grad:
+            return loss
+        params = [p for _, p, _ in with_grad]
+        if all(float(group["lr"]) == 0.0 for group, _, _ in with_grad) and not self._capture.captured:
+            # torch.distributed.checkpoint steps once with lr=0 and zero gradients to have the state allocated.
+            for group, p, _ in with_grad:
+                self._state(p, group)
+            return loss
+        self._capture.check(params, parameter_names(self.param_groups), self._mc_samples())
+        for group, p, grad in with_grad:
+            self._update(p, grad, group)
+        self._capture.finish(params)
+        self._advance_window()
+        return loss
+
+    def _run_closure(self, closure: Callable[[], Any]) -> Any:
+        losses = []
+        for _ in range(self._mc_samples()):
+            with torch.enable_grad(), self.sampled_params(train=True):
+                losses.append(closure())
+        if len(losses) == 1 or losses[0] is None:
+            return losses[0]
+        if self._capture.averaged is False:
+            raise RuntimeError(
+                "The closure must call `optimizer.zero_grad()` before its backward pass when `mc_samples` is above 1, "
+                "so that its samples are averaged. Add the call."
+            )
+        return sum(losses[1:], losses[0]) / len(losses)
+
+    def _update(self, p: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
+        state = self._state(p, group)
+        state["step"] += 1
+        debias = 1.0 - group["beta1"] ** float(state["step"]) if group["debias"] else 1.0
+        lr = float(group["lr"])
+        if group["rescale_lr"] and math.isinf(group["clip_radius"]):
+            lr *= group["hess_init"] + group["weight_decay"]
+        delta = group["weight_decay"]
+        mean = state.get("mean", p.detach())
+        curvature, divisor = self._capture.curvature(p)
+        tensors = [mean, grad.to(mean.dtype), curvature, state["momentum"], state["hess"]]
+        if "prior_mean" in state:
+            tensors.append(state["prior_mean"])
+        for m, g, c, momentum, hess, *prior in functional.cache_sized(*tensors):
+            hess_hat = c if divisor == 1.0 else c / divisor
+            if group["hess_approx"] == "price":
+                hess_hat = functional.hess_hat_price(hess_hat, hess, ess=group["ess"], weight_decay=delta)
+            momentum.copy_(functional.update_momentum(momentum, g, beta1=group["beta1"]))
+            hess.copy_(functional.update_hess(hess, hess_hat, beta2=group["beta2"], weight_decay=delta))
+            step = {"weight_decay": delta, "debias": debias, "clip_radius": group["clip_radius"]}
+            direction = functional.newton_direction(m, momentum, hess, prior_mean=prior[0] if prior else None, **step)
+            m.sub_(direction, alpha=lr)
+        if mean.dtype != p.dtype:
+            p.copy_(mean)
+        self._sampler.written[p] = p._version
+
+    def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                yield group, p
+
+    def _mc_samples(self) -> int:
+        return max(group["mc_samples"] for group in self.param_groups)
+
+    def _state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of `p`, complete."""
+        state = self.state[p]
+        complete_state(p, group, state)
+        if "mean" in state and p not in self._sampler.means and self._sampler.written.get(p) != p._version:
+            adopt_changes(p, state["mean"])
+            self._sampler.written[p] = p._version
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a bit-exact continuation needs, beside the parameters themselves.
+
+        Raises:
+            RuntimeError: If called inside `sampled_params`: the parameters to save with it would be a sample.
+        """
+        if self._inside:
+            raise RuntimeError(
+                "`state_dict()` must not be called inside `sampled_params`: the parameters are a sample there, not "
+                "the mean. Save outside of the `with` block."
+            )
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; tensors keep full precision, whatever the parameters' dtype.
+
+        Args:
+            state_dict: A state of this class, for parameters of the same number, order and shapes.
+
+        Raises:
+            RuntimeError: If called inside `sampled_params`.
+            ValueError: If the state is another optimizer's, or its tensors do not fit; nothing is changed then.
+        """
+        if self._inside:
+            raise RuntimeError(
+                "`load_state_dict()` must not be called inside `sampled_params`. Leave the block first."
+            )
+        saved = match_saved_state((p for _, p in self._parameters()), state_dict)
+        super().load_state_dict(dict(state_dict))
+        # torch casts floating-point state to the parameter's dtype; a Hessian in bf16 would stand still.
+        for p, tensors in saved.items():
+            for name, tensor in tensors.items():
+                self.state[p][name] = tensor.to(p.device, state_dtype(p))
+        self._capture.clear()
+        self._sampler.written.clear()
+        self._eval_draws = 0
+
+    @torch.no_grad()
+    def posterior_mean(self, p: Tensor) -> Tensor:
+        """Return the posterior mean of one parameter, shape of `p`, fp32 (fp64 for fp64 parameters)."""
+        if p in self._sampler.means:
+            return self._sampler.means[p].clone()
+        return self._state(p, self._group_of(p)).get("mean", p.detach()).clone()
+
+    @torch.no_grad()
+    def posterior_variance(self, p: Tensor) -> Tensor:
+        """Return the posterior variance of one parameter, shape of `p`, fp32 (fp64 for fp64 parameters), param²."""
+        group = self._group_of(p)
+        hess = self._state(p, group)["hess"]
+        return functional.posterior_variance(hess, ess=group["ess"], weight_decay=group["weight_decay"])
+
+    def _group_of(self, p: Tensor) -> dict[str, Any]:
+        for group, q in self._parameters():
+            if q is p:
+                return group
+        raise ValueError(
+            f"The parameter must belong to this optimizer, got one of shape {tuple(p.shape)} that does not."
+        )
+
+    def statistics(self, max_elements: int = 1_000_000) -> dict[str, float]:
+        """Return a summary of the posterior for logging, from an even subset of at most about `max_elements` weights.
+
+        Args:
+            max_elements: Most weights to look at; the cost does not grow with the model beyond it.
+
+        Returns:
+            Quantiles (1%, 50%, 99%) of the standard deviation (param) and of `hess` over `hess_init`, `snr_share`
+            (share of weights with |mean| > sigma) and `clipped_share` (share of the last step cut by `clip_radius`).
+
+        Raises:
+            RuntimeError: If called inside `sampled_params`.
+        """
+        if self._inside:
+            raise RuntimeError(
+                "`statistics()` must not be called inside `sampled_params`. Leave the `with` block first."
+            )
+        entries = [(group, p, self._state(p, group)) for group, p in self._parameters() if p.requires_grad]
+        return posterior_statistics(entries, max_elements)

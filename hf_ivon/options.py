@@ -1,0 +1,79 @@
+"""The options of IVON and their ranges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and 0 < value < math.inf
+
+
+def _non_negative(value: Any) -> bool:
+    return _number(value) and 0 <= value < math.inf
+
+
+def _decay(value: Any) -> bool:
+    return _number(value) and 0 <= value < 1
+
+
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _learning_rate(value: Any) -> bool:
+    return (isinstance(value, Tensor) and value.numel() == 1) or _non_negative(value)
+
+
+# name: (test, rule as the message states it, what to do)
+_RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "lr": (_learning_rate, "a number of at least 0", "0.1 suits finetuning with `clip_radius=1e-3`."),
+    "ess": (
+        _positive,
+        "a positive number",
+        "Pass the number of training examples, or of tokens for a language model.",
+    ),
+    "hess_init": (_positive, "a positive number", "Values from 1e-3 to 1 are usual."),
+    "beta1": (_decay, "in [0, 1)", "0.9 is usual."),
+    "beta2": (_decay, "in [0, 1)", "Values from 0.999 to 0.99999 are usual."),
+    "weight_decay": (_non_negative, "a number of at least 0", "Values from 1e-6 to 1e-4 are usual."),
+    "mc_samples": (lambda v: _integer(v) and v >= 1, "an integer of at least 1", "1 is usual."),
+    "clip_radius": (
+        lambda v: _number(v) and v > 0,
+        "a positive number or inf",
+        "1e-3 suits transformers; inf turns it off.",
+    ),
+    "rescale_lr": (lambda v: isinstance(v, bool), "True or False", "Pass a bool."),
+    "debias": (lambda v: isinstance(v, bool), "True or False", "Pass a bool."),
+    "hess_approx": (lambda v: v in ("gradsq", "price"), "'gradsq' or 'price'", "'price' is the paper's default."),
+    "prior_mean": (
+        lambda v: v in ("given", "init", "zero"),
+        "'init', 'zero' or one tensor per parameter",
+        "'zero' is Algorithm 1.",
+    ),
+    "seed": (lambda v: _integer(v) and 0 <= v < 2**63, "an integer in [0, 2**63)", "Pass a non-negative integer."),
+}
+
+OPTION_NAMES = tuple(sorted(_RULES))
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check every option of a parameter group.
+
+    Args:
+        options: Option name to value; names that are no options of IVON are passed over.
+
+    Raises:
+        ValueError: If a value is out of range; names the option, the rule, the value and a remedy.
+    """
+    for name, (accepts, rule, remedy) in _RULES.items():
+        if name in options and not accepts(options[name]):
+            raise ValueError(f"`{name}` must be {rule}, got {options[name]!r}. {remedy}")
