@@ -17,7 +17,7 @@ _HOME = {
     "IVONTrainerMixin": "training.trainer",
     "IVONTrainingArguments": "training.arguments",
     "Posterior": "posterior",
-    "PosteriorConfig": "posterior",
+    "PosteriorConfig": "posterior_config",
     "PosteriorFormatError": "checkpoint",
     "load_posterior": "checkpoint",
     "posterior_perplexity": "predict",
@@ -43,7 +43,8 @@ __all__ = [
 if TYPE_CHECKING:
     from hf_ivon.checkpoint import PosteriorFormatError, load_posterior, save_posterior
     from hf_ivon.optim import IVON
-    from hf_ivon.posterior import Posterior, PosteriorConfig
+    from hf_ivon.posterior import Posterior
+    from hf_ivon.posterior_config import PosteriorConfig
     from hf_ivon.predict import posterior_perplexity, posterior_predict
     from hf_ivon.training.arguments import IVONTrainingArguments
     from hf_ivon.training.trainer import IVONTrainer, IVONTrainerMixin

@@ -1,0 +1,286 @@
+"""The posterior over a model's weights: variances by tensor, and what they were learnt with.
+
+The mean is not kept here: it is the model's own weights, in the model's own file. `PosteriorConfig` says which ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ivon import functional
+from hf_ivon.posterior_config import PosteriorConfig, library_versions
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from hf_ivon.optim import IVON
+
+_WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel and torch.compile
+
+
+class Posterior:
+    """A diagonal Gaussian over a model's weights, apart from its mean, which is the model.
+
+    Args:
+        variance: Variance σ² by tensor name, in its shape, fp32, param². The names are those of the mean's own
+            file: parameter names, or for an adapter the names in `adapter_model.safetensors`.
+        config: What the variances were learnt with.
+    """
+
+    def __init__(self, variance: Mapping[str, Tensor], config: PosteriorConfig) -> None:
+        self.variance = dict(variance)
+        self.config = config
+
+    def names(self) -> list[str]:
+        """Return the tensors' names, sorted."""
+        return sorted(self.variance)
+
+    def std(self, name: str) -> Tensor:
+        """Return the standard deviation of one tensor, in its shape, param."""
+        return self.variance[name].sqrt()
+
+    def precision(self, name: str) -> Tensor:
+        """Return the inverse variance of one tensor, in its shape, 1/param²."""
+        return self.variance[name].reciprocal()
+
+    def hess(self, name: str) -> Tensor:
+        """Return the Hessian estimate of one tensor, in its shape, loss/param² per example."""
+        ess, weight_decay = self.config.of("ess", name), self.config.of("weight_decay", name)
+        return functional.posterior_hess(self.variance[name], ess=ess, weight_decay=weight_decay)
+
+    def sample(
+        self, mean: Mapping[str, Tensor], generator: torch.Generator | None = None, ess_scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Draw weights.
+
+        Args:
+            mean: Mean by tensor name; every tensor of the posterior must be there, in its shape.
+            generator: Source of the noise, on the CPU; None is torch's global one.
+            ess_scale: Factor on the precision: above 1 the posterior is narrower than it was learnt.
+
+        Returns:
+            One draw by tensor name, in the dtype and on the device of the mean.
+
+        Raises:
+            ValueError: If a tensor is missing or has another shape, or `ess_scale` is not positive.
+        """
+        self._check(mean, ess_scale)
+        return {name: theta for name, theta in self._draw(mean, generator, ess_scale)}
+
+    @contextmanager
+    def sampled(
+        self, model: nn.Module, generator: torch.Generator | None = None, ess_scale: float = 1.0
+    ) -> Generator[nn.Module, None, None]:
+        """Put one draw into a model's parameters, in place; on exit they are the mean again, bit for bit.
+
+        Args:
+            model: The model that holds the mean; also wrapped by DDP or `torch.compile`, or a PEFT model.
+            generator: Source of the noise, on the CPU; None is torch's global one.
+            ess_scale: Factor on the precision: above 1 the posterior is narrower than it was learnt.
+
+        Yields:
+            The model.
+
+        Raises:
+            ValueError: If the model lacks a tensor of the posterior or has it in another shape, or `ess_scale` is not
+                positive.
+        """
+        params = posterior_keys(model)
+        self._check(params, ess_scale)
+        saved: dict[Tensor, Tensor] = {}
+        try:
+            with torch.no_grad():
+                for name, theta in self._draw(params, generator, ess_scale):
+                    p = params[name]
+                    saved[p] = p.detach().clone()
+                    p.copy_(theta)
+            torch.clear_autocast_cache()
+            yield model
+        finally:
+            try:
+                _write(saved)
+            except BaseException:  # an interrupt while restoring: writing twice is harmless, half is not
+                _write(saved)
+                raise
+            torch.clear_autocast_cache()
+
+    def _check(self, mean: Mapping[str, Tensor], ess_scale: float) -> None:
+        if not ess_scale > 0:
+            raise ValueError(f"`ess_scale` must be positive, got {ess_scale!r}. 1 is the posterior as it was learnt.")
+        problems = match_problems(self.variance, mean)
+        if problems:
+            raise ValueError(
+                f"The posterior must belong to the model, but {'; '.join(problems)}. Load the model from the "
+                f"posterior's own directory."
+            )
+
+    def _draw(
+        self, mean: Mapping[str, Tensor], generator: torch.Generator | None, ess_scale: float
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Draw tensor by tensor in the order of names, so that a draw does not depend on the model's device."""
+        for name in self.names():
+            m = mean[name].detach()
+            std = (self.variance[name] / ess_scale).sqrt_()
+            noise = torch.randn(std.shape, generator=generator, dtype=std.dtype)
+            yield name, (m.to(std.dtype) + noise.mul_(std).to(m.device)).to(m.dtype)
+
+    @classmethod
+    def from_optimizer(
+        cls,
+        optimizer: IVON,
+        model: nn.Module,
+        *,
+        num_examples: int | None = None,
+        num_tokens: int | None = None,
+        base_model: str | None = None,
+        base_revision: str | None = None,
+    ) -> Posterior:
+        """Take the posterior that an optimizer holds at this moment.
+
+        Args:
+            optimizer: The optimizer, outside of `sampled_params`.
+            model: The model that it trains.
+            num_examples: Number of training examples N.
+            num_tokens: Number of label tokens, where the loss averages over tokens.
+            base_model: Name or path of the model that training started from.
+            base_revision: Its revision.
+
+        Returns:
+            The posterior over the model's trainable parameters that the optimizer holds; tensors on the CPU.
+
+        Raises:
+            RuntimeError: If called inside `sampled_params`.
+            ValueError: If the optimizer holds none of the model's trainable parameters.
+        """
+        if optimizer.is_sampled:
+            raise RuntimeError(
+                "The posterior must not be taken inside `sampled_params`. Leave the `with` block first."
+            )
+        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        params = {k: p for k, p in posterior_keys(model).items() if p.requires_grad and p in groups}
+        if not params:
+            raise ValueError(
+                "The optimizer must hold parameters of the model, got none of them. Pass the trained model."
+            )
+        variance = {k: optimizer.posterior_variance(p).float().cpu() for k, p in params.items()}
+        by_name: dict[str, dict[str, float]] = {
+            o: {k: groups[p][o] for k, p in params.items()} for o in ("ess", "weight_decay", "hess_init")
+        }
+        first = optimizer.param_groups[0]
+        config = PosteriorConfig(
+            ess=_one_or_all(by_name["ess"]),
+            weight_decay=_one_or_all(by_name["weight_decay"]),
+            hess_init=_one_or_all(by_name["hess_init"]),
+            num_examples=num_examples,
+            num_tokens=num_tokens,
+            steps=int(max((float(optimizer.state[p].get("step", 0)) for p in params.values()), default=0)),
+            betas=(first["beta1"], first["beta2"]),
+            estimator=f"ivon-{first['hess_approx']}",
+            mean_digest=mean_digest(params),
+            base_model=base_model,
+            base_revision=base_revision,
+            versions=library_versions(),
+        )
+        return cls(variance, config)
+
+    def save_pretrained(self, directory: str | PathLike[str], max_shard_size: int | str = "5GB") -> None:
+        """Write the posterior's files into a directory; see `hf_ivon.checkpoint.save_posterior`."""
+        from hf_ivon.checkpoint import save_posterior
+
+        save_posterior(self, directory, max_shard_size=max_shard_size)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | PathLike[str]) -> Posterior:
+        """Read and check a posterior; see `hf_ivon.checkpoint.load_posterior`."""
+        from hf_ivon.checkpoint import load_posterior
+
+        return load_posterior(directory)
+
+
+def _one_or_all(values: dict[str, float]) -> float | dict[str, float]:
+    return next(iter(values.values())) if len(set(values.values())) == 1 else values
+
+
+def _write(saved: Mapping[Tensor, Tensor]) -> None:
+    with torch.no_grad():
+        for p, mean in saved.items():
+            p.copy_(mean)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of DistributedDataParallel and `torch.compile`."""
+    while True:
+        inner = next((model._modules[w] for w in _WRAPPERS if w in model._modules and len(model._modules) == 1), None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def posterior_keys(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the model's parameters by the name that their mean has in the model's own file.
+
+    Args:
+        model: Any module; wrappers of DDP and `torch.compile` are seen through. For a PEFT model only the adapter's
+            tensors are returned, by their names in `adapter_model.safetensors`.
+
+    Returns:
+        Name to parameter; tied parameters once.
+    """
+    model = unwrap(model)
+    peft = sys.modules.get("peft")  # a PeftModel cannot exist unless peft was imported
+    named = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
+    if peft is None or not isinstance(model, peft.PeftModel):
+        return named
+    by_storage = {(p.data_ptr(), p.shape): p for p in named.values()}
+    adapter = peft.get_peft_model_state_dict(model)
+    found = {key: by_storage.get((tensor.data_ptr(), tensor.shape)) for key, tensor in adapter.items()}
+    return {key: p for key, p in found.items() if p is not None}
+
+
+def match_problems(expected: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Compare names and shapes.
+
+    Args:
+        expected: Name to something with a `shape`: what must be there.
+        present: Name to something with a `shape`: what is there; more than expected is fine.
+
+    Returns:
+        Problems, one string each, long lists shortened.
+    """
+    missing = sorted(set(expected) - set(present))
+    problems = []
+    if missing:
+        rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        problems.append(f"the model lacks {', '.join(f'`{name}`' for name in missing[:3])}{rest}")
+    for name in sorted(set(expected) & set(present)):
+        if tuple(expected[name].shape) != tuple(present[name].shape):
+            problems.append(
+                f"`{name}` has shape {tuple(expected[name].shape)} in the posterior and "
+                f"{tuple(present[name].shape)} in the model"
+            )
+    return problems
+
+
+def mean_digest(mean: Mapping[str, Tensor], names: Iterable[str] | None = None) -> str:
+    """Return a digest that pairs a posterior with the mean it belongs to.
+
+    Args:
+        mean: Tensors by name.
+        names: Which of them; None is all.
+
+    Returns:
+        SHA-256 over names, dtypes, shapes and raw bytes, in the order of names, as a hexadecimal string.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(mean if names is None else names):
+        tensor = mean[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""IVON in Transformers' Trainer: arguments, effective sample size, the Trainer itself."""

@@ -1,0 +1,227 @@
+"""A Trainer that trains with weight samples when its optimizer is IVON, and saves the posterior beside the mean."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from hf_ivon.checkpoint import load_posterior, posterior_files, save_posterior
+from hf_ivon.optim import IVON
+from hf_ivon.posterior import Posterior, posterior_keys
+from hf_ivon.training.ess import TrainingSize, resolve_ess, training_size
+
+_CARD_TAGS = ("ivon", "posterior")
+
+
+def unwrap_ivon(optimizer: Any) -> IVON | None:
+    """Return the IVON optimizer inside Accelerate's wrapper.
+
+    Args:
+        optimizer: An optimizer, wrapped or not, or None.
+
+    Returns:
+        The IVON optimizer; None if it is another one.
+    """
+    while optimizer is not None and not isinstance(optimizer, IVON):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+class IVONTrainerMixin:
+    """IVON for any Trainer class: put it before the Trainer in the bases, and pass `IVONTrainingArguments`.
+
+    With another optimizer nothing changes.
+    """
+
+    _size: TrainingSize | None = None
+    _restored: tuple[int, Posterior] | None = None
+
+    @property
+    def ivon(self) -> IVON | None:
+        """The IVON optimizer; None before training, or if the optimizer is another one."""
+        return unwrap_ivon(self.optimizer)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create IVON if the arguments ask for it, over all trainable parameters; otherwise as the base class does.
+
+        Relies on the base class calling this before `accelerator.prepare`, with `self.optimizer` None at first.
+
+        Args:
+            model: The model to optimize; None is the Trainer's.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            ValueError: If IVON does not support what the arguments ask for, or `ess` cannot be resolved.
+        """
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or self.args.optim != "ivon":
+            return super().create_optimizer(model)
+        _refuse_unsupported(self.args)
+        model = self.model if model is None else model
+        options = self.args.ivon_options()
+        self._size = training_size(self)
+        if options["ess"] == "auto":
+            options["ess"] = resolve_ess(self, self._size)
+        groups = self._parameter_groups(model, prior_on=options.pop("prior_on"))
+        self.optimizer = IVON(groups, lr=self.args.learning_rate, **options)
+        return self.optimizer
+
+    def _parameter_groups(self, model: nn.Module, prior_on: str) -> list[dict[str, Any]]:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("The model must have trainable parameters, got none. Unfreeze some, or add an adapter.")
+        decay = {name for name, _ in named} if prior_on == "all" else set(self.get_decay_parameter_names(model))
+        groups = [
+            {"params": [(n, p) for n, p in named if n in decay], "weight_decay": self.args.weight_decay},
+            {"params": [(n, p) for n, p in named if n not in decay], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run the base class's step, forward and backward, at `mc_samples` weight samples.
+
+        Relies on the base class scaling the loss of each micro-batch so that gradients add up.
+
+        Args:
+            model: The model.
+            inputs: One micro-batch.
+            num_items_in_batch: Number of items that the loss of the whole step averages over.
+
+        Returns:
+            The loss, averaged over the samples, detached.
+        """
+        ivon = self.ivon
+        if ivon is None or ivon.is_sampled:
+            return super().training_step(model, inputs, num_items_in_batch)
+        samples = ivon.param_groups[0]["mc_samples"]
+        losses = []
+        for _ in range(samples):
+            with ivon.sampled_params(train=True, weight=1.0 / samples):
+                losses.append(super().training_step(model, inputs, num_items_in_batch))
+        return losses[0] if samples == 1 else torch.stack(losses).mean()
+
+    def posterior(self) -> Posterior:
+        """Return the posterior at this moment.
+
+        Returns:
+            Variances of the trained parameters with what they were learnt with; tensors on the CPU.
+
+        Raises:
+            RuntimeError: If the optimizer is not IVON, or does not exist before `train()`.
+        """
+        ivon = self.ivon
+        if ivon is None:
+            raise RuntimeError("There is no posterior: the optimizer is not IVON yet. Train with optim='ivon' first.")
+        if self._restored is not None and self._restored[0] == ivon.param_groups[0]["window"]:
+            return self._restored[1]
+        config = getattr(self.model, "config", None)
+        return Posterior.from_optimizer(
+            ivon,
+            self.model,
+            num_examples=None if self._size is None else self._size.num_examples,
+            num_tokens=None if self._size is None else self._size.num_tokens,
+            base_model=getattr(config, "_name_or_path", None) or None,
+            base_revision=getattr(config, "_commit_hash", None),
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the mean as the base class does, with the posterior beside it.
+
+        Relies on every way of saving, and every push, going through this method. The posterior comes first, because
+        the base class may push at the end.
+
+        Args:
+            output_dir: Where to; None is the output directory.
+            _internal_call: Whether a checkpoint or a push is being made.
+        """
+        if self.ivon is not None and self.args.should_save:
+            save_posterior(self.posterior(), output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Bring the posterior along: the base class copies a fixed list of files into what it uploads."""
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        pushes = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not busy)
+        if self.ivon is not None and self.is_world_process_zero() and pushes:
+            _replace_posterior(Path(checkpoint_folder), Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_best_model(self) -> None:
+        """Restore the Hessian that belongs to the best mean; the base class loads the mean alone."""
+        super()._load_best_model()
+        ivon, best = self.ivon, self.state.best_model_checkpoint
+        if ivon is None or best is None or not posterior_files(best):
+            return
+        posterior = load_posterior(best, self.model)
+        with torch.no_grad():
+            for name, p in posterior_keys(self.model).items():
+                if name in posterior.variance:
+                    ivon.state[p]["hess"].copy_(posterior.hess(name))
+        # Saved again, the variances shall be the file's to the last bit, which a way through `hess` could round.
+        self._restored = (ivon.param_groups[0]["window"], posterior)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the base class does; records of the training loss also get statistics of the posterior.
+
+        Args:
+            logs: What to log, changed in place.
+            args: Passed on.
+            kwargs: Passed on.
+        """
+        if self.ivon is not None and "loss" in logs and not self.ivon.is_sampled:
+            logs["ivon_ess"] = self.ivon.param_groups[0]["ess"]
+            logs.update({f"ivon_{name}": value for name, value in self.ivon.statistics().items()})
+        super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
+        """Write the card as the base class does, with tags that say that a posterior is there.
+
+        Args:
+            args: Passed on.
+            tags: Tags of the model.
+            kwargs: Passed on.
+        """
+        if self.ivon is not None:
+            tags = [tags] if isinstance(tags, str) else list(tags or [])
+            tags += [tag for tag in _CARD_TAGS if tag not in tags]
+        super().create_model_card(*args, tags=tags, **kwargs)
+
+
+class IVONTrainer(IVONTrainerMixin, Trainer):
+    """Transformers' Trainer with IVON; takes `IVONTrainingArguments`."""
+
+
+def _refuse_unsupported(args: Any) -> None:
+    """Raise for what IVON cannot do right yet, before anything is trained."""
+    alternatives = {
+        "DeepSpeed (it steps inside the backward pass)": (args.deepspeed is not None, "Train without --deepspeed"),
+        "FSDP": (bool(args.fsdp), "Train on one device"),
+        "several processes": (args.world_size > 1, "Train in one process, with --gradient_accumulation_steps"),
+        "fp16": (args.fp16, "Use --bf16"),
+    }
+    for what, (asked, remedy) in alternatives.items():
+        if asked:
+            raise ValueError(f"optim='ivon' does not support {what}. {remedy}, or another optimizer.")
+
+
+def _replace_posterior(source: Path, target: Path) -> None:
+    """Copy the posterior's files, each to a temporary name first; files of an earlier save are removed."""
+    target.mkdir(parents=True, exist_ok=True)
+    files = posterior_files(source)
+    for file in files:
+        temporary = target / f".{file.name}.tmp"
+        shutil.copyfile(file, temporary)
+        os.replace(temporary, target / file.name)
+    for file in posterior_files(target):
+        if file.name not in {f.name for f in files}:
+            file.unlink()

@@ -1,0 +1,37 @@
+"""What importing the package costs, and what it offers."""
+
+import subprocess
+import sys
+
+import pytest
+
+import hf_ivon
+
+LIGHT = ["optim", "posterior", "checkpoint", "metrics", "predict"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_torch_layers_do_not_import_transformers(module):
+    """Someone who only wants the optimizer, or merges files, must not pay for Transformers."""
+    code = (
+        f"import sys, hf_ivon.{module}; "
+        "heavy = {'transformers', 'accelerate', 'peft', 'datasets', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(', '.join(heavy))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_is_lazy():
+    """`import hf_ivon` alone must not even load torch."""
+    code = "import sys, hf_ivon; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_public_name_exists():
+    """A name in `__all__` that does not load is a broken promise."""
+    for name in hf_ivon.__all__:
+        assert getattr(hf_ivon, name) is not None
+    assert dir(hf_ivon) == sorted(hf_ivon.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = hf_ivon.nonsense
