@@ -90,8 +90,8 @@ def save_posterior(
     finally:
         for written in pending.values():
             written.unlink(missing_ok=True)
-    for file in earlier - set(pending):
-        file.unlink()
+    for stale in earlier - set(pending):
+        stale.unlink()
     return sorted(pending)
 
 
