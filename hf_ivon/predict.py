@@ -1,176 +1,235 @@
-"""Predictions averaged over the posterior: one pass over the data for each weight sample."""
+"""Predictions averaged over the posterior: one pass over the data per weight sample, memory of a single one.
+
+Sample number i of a seed is the same draw however many samples are asked for, whatever the batches are.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager, nullcontext
+import struct
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
 
-from hf_ivon.posterior import Posterior
+from hf_ivon.posterior import unwrap
 
-_IGNORED = -100
+if TYPE_CHECKING:
+    from hf_ivon.posterior import Posterior
+
+    Batches = DataLoader | Iterable[Mapping[str, Any]]
+
+_IGNORED = -100  # the label of tokens that the loss leaves out, as in Transformers
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prediction:
-    """Predictions over a dataset, in its order.
+    """What a model predicts on average over its posterior. Rows are examples, in the order of the data.
 
-    Attributes:
-        probabilities: Class probabilities averaged over the weight samples, (N, C), fp32; None for regression.
-        mean: Predicted value averaged over the weight samples, (N,), fp32; None for classification.
-        variance: Variance of the predicted value over the weight samples, (N,); None for classification.
-        labels: Labels, (N,), if the data has them.
-        num_samples: Number of weight samples; 0 is the posterior mean.
+    Args:
+        num_samples: Number of weight samples that were averaged; 0 is a prediction at the mean.
+        labels: The data's labels, (N,), None if it has none.
+        probabilities: Class probabilities, (N, C), fp64, averaged over weight samples; None for regression.
+        prediction_mean: Regression: average over weight samples, (N,), fp64, unit of the labels.
+        prediction_variance: Regression: variance over weight samples (divided by their number), (N,), fp64, squared
+            unit of the labels. It is what the uncertainty about the weights adds; noise of the labels is not in it.
+            0 at the mean.
     """
 
-    probabilities: Tensor | None
-    mean: Tensor | None
-    variance: Tensor | None
-    labels: Tensor | None
     num_samples: int
+    labels: Tensor | None = None
+    probabilities: Tensor | None = None
+    prediction_mean: Tensor | None = None
+    prediction_variance: Tensor | None = None
 
 
 def posterior_predict(
     model: nn.Module,
     posterior: Posterior | None,
-    data: Iterable[Mapping[str, Tensor]],
+    data: Batches,
     *,
     num_samples: int,
     seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> Prediction:
-    """Predict classes or values with weights averaged over the posterior.
+    r"""Predict with weights drawn from the posterior, :math:`\frac1S \sum_s p(y | x, \theta_s)`.
+
+    A model with one output is a regression, any other a classification with one label an example. The model is
+    evaluated without dropout; afterwards its weights are the mean again, bit for bit, and its modes what they were.
 
     Args:
-        model: A model whose output has `logits` of shape (batch, C), holding the mean; C = 1 is regression.
-        posterior: Its posterior; may be None if `num_samples` is 0.
-        data: Batches as dictionaries of tensors, the same at every pass (a DataLoader without shuffling).
-        num_samples: Number of weight samples, 0 for the mean alone. Sample i is the same whatever their number.
-        seed: Seed of the weight noise.
+        model: Gives logits of shape (batch, classes) or (batch, 1), as a tensor, the first of a tuple, or under
+            `logits`.
+        posterior: The posterior that belongs to the model; may be None when `num_samples` is 0.
+        data: Batches, each a mapping of the model's arguments; `labels` are kept back from the model. It is read
+            once per weight sample, and has to give the same examples in the same order each time.
+        num_samples: Number of weight samples; 0 predicts at the mean.
+        seed: Chooses the weight samples.
+        device: Where the batches go; None is the device of the model's first parameter.
 
     Returns:
-        Averages; memory does not grow with `num_samples`.
+        The averaged prediction, on the CPU.
 
     Raises:
-        ValueError: If `num_samples` is negative, there is nothing to predict, or `posterior` is missing.
+        TypeError: If a batch is not a mapping.
+        ValueError: If `num_samples` is negative, `data` is empty, shuffled or readable only once, labels do not fit,
+            or the model is not one for classification or regression.
+
+    Source:
+        arXiv:2402.17641, Section 4.2: posterior averaging in the space of probabilities.
     """
-    running: dict[str, Tensor] = {}
-    labels: list[Tensor] = []
-
-    def one_pass(sample: int) -> None:
-        outputs = []
-        for batch in data:
-            inputs = {k: v for k, v in batch.items() if k != "labels"}
-            if sample == 0 and "labels" in batch:
-                labels.append(batch["labels"].cpu())
-            outputs.append(_forward(model, inputs).logits.detach().float().cpu())
-        if not outputs:
+    problem = getattr(getattr(unwrap(model), "config", None), "problem_type", None)
+    if problem == "multi_label_classification":
+        raise ValueError(
+            "`model` must predict one label an example, got a model with `problem_type` "
+            "'multi_label_classification'. Use `posterior.sampled` and average its probabilities yourself."
+        )
+    mean = spread = torch.zeros((), dtype=torch.float64)
+    labels = None
+    passes = _passes(model, posterior, data, _outputs, num_samples=num_samples, seed=seed, device=device)
+    for count, (rows, given) in enumerate(passes, start=1):
+        labels, regression = given, rows.shape[1] == 1
+        if problem == "regression" and not regression:
             raise ValueError(
-                "`data` must hold at least one batch, got none. Pass a loader that can be iterated again."
+                f"`model` must have one output for regression, got {rows.shape[1]}. Use `posterior.sampled` and "
+                f"average its outputs yourself."
             )
-        logits = torch.cat(outputs)
-        if logits.dim() != 2:
-            raise ValueError(
-                f"`model` must return logits (batch, C), got {tuple(logits.shape)}. Use `posterior_perplexity` "
-                f"for a language model."
-            )
-        value = logits.softmax(-1) if logits.shape[1] > 1 else logits[:, 0]
-        if sample == 0:
-            running["mean"], running["squares"] = value, torch.zeros_like(value)
-        else:  # Welford's running mean and sum of squared deviations
-            delta = value - running["mean"]
-            running["mean"] += delta / (sample + 1)
-            running["squares"] += delta * (value - running["mean"])
-
-    _for_each_sample(model, posterior, num_samples, seed, one_pass)
-    mean = running["mean"]
-    known = torch.cat(labels) if labels else None
-    if mean.dim() == 2:
-        return Prediction(mean, None, None, known, num_samples)
-    return Prediction(None, mean, running["squares"] / max(1, num_samples), known, num_samples)
+        values = rows[:, 0] if regression else rows.softmax(dim=1)
+        change = values - mean
+        mean = mean + change / count
+        if regression:
+            spread = spread + change * (values - mean)
+    if mean.ndim == 1:
+        return Prediction(num_samples, labels, prediction_mean=mean, prediction_variance=spread / max(num_samples, 1))
+    return Prediction(num_samples, labels, probabilities=mean)
 
 
 def posterior_perplexity(
     model: nn.Module,
     posterior: Posterior | None,
-    data: Iterable[Mapping[str, Tensor]],
+    data: Batches,
     *,
     num_samples: int,
     seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> dict[str, float]:
-    """Evaluate a causal language model with token probabilities averaged over the posterior.
+    r"""Return a causal language model's perplexity, every token's probability averaged over the posterior.
+
+    .. math:: \exp\Big(-\frac1T \sum_t \log \frac1S \sum_s p(y_t | y_{<t}, \theta_s)\Big)
+
+    Labels are as in Transformers: they are the tokens themselves and are shifted here, so that the first position is
+    never predicted; -100 leaves a token out. Every other token counts alike, whatever the batches are.
 
     Args:
-        model: A causal language model whose output has `logits` (batch, length, vocabulary), holding the mean.
-        posterior: Its posterior; may be None if `num_samples` is 0.
-        data: Batches as dictionaries of tensors with `labels`, the same at every pass; label -100 is ignored, and as
-            in Transformers the label at a position is predicted from the position before it.
-        num_samples: Number of weight samples, 0 for the mean alone. Sample i is the same whatever their number.
-        seed: Seed of the weight noise.
+        model: Gives logits of shape (batch, length, vocabulary).
+        posterior: The posterior that belongs to the model; may be None when `num_samples` is 0.
+        data: Batches with `labels` of shape (batch, length), as for `posterior_predict`.
+        num_samples: Number of weight samples; 0 predicts at the mean.
+        seed: Chooses the weight samples.
+        device: Where the batches go; None is the device of the model's first parameter.
 
     Returns:
-        `perplexity`, `nll` (nats per token) and `num_tokens`.
+        `perplexity`; `nll`, its logarithm, nats per token; `num_tokens`, the number T of predicted tokens.
 
     Raises:
-        ValueError: If `num_samples` is negative, there is nothing to predict, or `posterior` is missing.
+        TypeError: If a batch is not a mapping.
+        ValueError: If `num_samples` is negative, `data` is empty, shuffled, readable only once or without a token to
+            predict, or the logits do not fit the labels.
     """
-    total: list[Tensor] = []  # log of the summed label probabilities, one tensor a batch: 4 bytes a token
-
-    def one_pass(sample: int) -> None:
-        for i, batch in enumerate(data):
-            if "labels" not in batch:
-                raise ValueError("`data` must have `labels` in every batch, got none. Use a collator that makes them.")
-            inputs = {k: v for k, v in batch.items() if k != "labels"}
-            log_probs = _label_log_probs(_forward(model, inputs).logits, batch["labels"])
-            if sample == 0:
-                total.append(log_probs)
-            else:
-                total[i] = torch.logaddexp(total[i], log_probs)
-
-    _for_each_sample(model, posterior, num_samples, seed, one_pass)
-    tokens = torch.cat(total) if total else torch.empty(0)
-    if len(tokens) == 0:
+    total = torch.full((), -math.inf, dtype=torch.float64)
+    read = _token_log_probabilities
+    for rows, _ in _passes(model, posterior, data, read, num_samples=num_samples, seed=seed, device=device):
+        total = torch.logaddexp(total, rows)
+    if not total.numel():
         raise ValueError(
-            "`data` must hold at least one label to predict, got none. Check the block size and the labels."
+            "`data` must have at least one token to predict, got none. Sequences need two tokens or more, and labels "
+            "other than -100."
         )
-    nll = math.log(max(1, num_samples)) - tokens.double().mean().item()
-    return {"perplexity": math.exp(nll), "nll": nll, "num_tokens": float(len(tokens))}
+    nll = math.log(max(num_samples, 1)) - total.mean()
+    return {"perplexity": nll.exp().item(), "nll": nll.item(), "num_tokens": total.numel()}
 
 
-def _label_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the log-probability of every label that counts, (tokens,)."""
-    labels = labels[:, 1:].to(logits.device)
-    kept = labels != _IGNORED
-    chosen = logits.detach()[:, :-1][kept].float()
-    return chosen.log_softmax(-1).gather(-1, labels[kept][:, None])[:, 0].cpu()
+def _passes(
+    model: nn.Module,
+    posterior: Posterior | None,
+    data: Batches,
+    read: Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor | None]],
+    *,
+    num_samples: int,
+    seed: int,
+    device: torch.device | str | None,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield values and labels of the whole data set, once per weight sample; in between the model is at the mean."""
+    _check_arguments(posterior, data, num_samples, seed)
+    if device is None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    first = None
+    for index in range(max(num_samples, 1)):
+        weights: AbstractContextManager = nullcontext()
+        if num_samples and posterior is not None:
+            weights = posterior.sampled(model, generator=_generator(seed, index))
+        with torch.no_grad(), _evaluating(model), weights:
+            parts = [read(model, _on_device(batch, device)) for batch in data]
+        if not parts:
+            raise ValueError("`data` must have at least one batch, got none. Check the data set and its filters.")
+        rows = torch.cat([values for values, _ in parts])
+        given = [labels for _, labels in parts if labels is not None]
+        labels = torch.cat(given) if given else None
+        if labels is not None and len(labels) != len(rows):
+            raise ValueError(
+                f"`data` must have one label per example, got {len(labels)} labels for {len(rows)} examples. "
+                f"Give `labels` of shape (batch,) in every batch or in none."
+            )
+        if first is None:
+            first = rows.shape, labels
+        elif rows.shape != first[0] or not _equal(labels, first[1]):
+            raise ValueError(
+                "`data` must give the same examples in the same order whenever it is read, got other ones for the "
+                "second weight sample. Turn off shuffling and random augmentation."
+            )
+        yield rows, labels
 
 
-def _forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-    device = next(model.parameters()).device
-    return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
-def _for_each_sample(
-    model: nn.Module, posterior: Posterior | None, num_samples: int, seed: int, one_pass: Callable[[int], None]
-) -> None:
-    if num_samples < 0:
-        raise ValueError(f"`num_samples` must be at least 0, got {num_samples!r}. 0 predicts at the mean.")
-    if num_samples > 0 and posterior is None:
-        raise ValueError("`posterior` must be given when `num_samples` is above 0, got None. Pass 0 to use the mean.")
-    with torch.no_grad(), _evaluating(model):
-        for sample in range(max(1, num_samples)):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + sample)
-            drawn = nullcontext() if num_samples == 0 or posterior is None else posterior.sampled(model, generator)
-            with drawn:
-                one_pass(sample)
+def _check_arguments(posterior: Posterior | None, data: Batches, num_samples: int, seed: int) -> None:
+    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 0:
+        raise ValueError(
+            f"`num_samples` must be an integer of at least 0, got {num_samples!r}. 0 is the mean, 16 is usual."
+        )
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` must be an integer in [0, 2**63), got {seed!r}. Pass a non-negative integer.")
+    if posterior is None and num_samples:
+        raise ValueError(f"`posterior` must be given for {num_samples} weight samples. Pass 0 to predict at the mean.")
+    if iter(data) is data:
+        raise ValueError(
+            f"`data` must be readable once per weight sample, got {type(data).__name__}, which is used up after one. "
+            f"Pass a DataLoader or a list of batches."
+        )
+    sampler = getattr(getattr(data, "batch_sampler", None), "sampler", getattr(data, "sampler", None))
+    if isinstance(sampler, RandomSampler):
+        raise ValueError(
+            "`data` must give the same examples in the same order whenever it is read, got a DataLoader that "
+            "shuffles. Use `shuffle=False`."
+        )
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    """Return the source of weight sample number `index`; hashed, so that neighbouring seeds share no sample."""
+    digest = hashlib.blake2b(struct.pack("<2q", seed, index), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Generator[None, None, None]:
+    """Put every module in evaluation mode; on exit each has the mode it had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -178,3 +237,50 @@ def _evaluating(model: nn.Module) -> Generator[None, None, None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _on_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"Each batch of `data` must be a mapping of the model's arguments, got {type(batch).__name__}. Use a "
+            f"collator that returns a dict."
+        )
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    outputs = model(**inputs)
+    if isinstance(outputs, Tensor):
+        return outputs
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+
+
+def _outputs(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Return the outputs, (batch, classes or 1), fp64 on the CPU, and the labels, (batch,)."""
+    labels = batch.pop("labels", None)
+    logits = _logits(model, batch)
+    logits = logits[:, None] if logits.ndim == 1 else logits
+    if logits.ndim != 2:
+        raise ValueError(
+            f"`model` must give logits of shape (batch, classes), got {tuple(logits.shape)}. For a language model use "
+            f"`posterior_perplexity`."
+        )
+    return logits.cpu().double(), None if labels is None else labels.reshape(-1).cpu()
+
+
+def _token_log_probabilities(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each label that counts, fp64 on the CPU, and these labels."""
+    labels = batch.pop("labels", None)
+    if labels is None:
+        raise ValueError("Each batch of `data` must have `labels`, got none. For plain text pass the input ids again.")
+    logits = _logits(model, batch)
+    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+        raise ValueError(
+            f"`model` must give logits of shape (batch, length, vocabulary) for `labels` of shape (batch, length), "
+            f"got {tuple(logits.shape)} for {tuple(labels.shape)}. Use a causal language model without virtual tokens."
+        )
+    labels = labels[:, 1:].to(logits.device)
+    counted = labels != _IGNORED
+    labels = labels[counted]
+    nll = nn.functional.cross_entropy(logits[:, :-1][counted].float(), labels, reduction="none")
+    return nll.neg().cpu().double(), labels.cpu()

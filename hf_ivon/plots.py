@@ -1,0 +1,182 @@
+"""Figures, written to files; nothing here touches pyplot, a display or matplotlib's settings.
+
+Every figure has an opaque white ground, so that it also reads on a dark screen, and tells its lines apart by dashes
+and markers as well as by colours that colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+    from hf_ivon.posterior import Posterior
+
+# Okabe and Ito's colours that stand out on white, each with dashes and a marker of its own.
+_STYLES = (
+    ("#0072B2", "-", "o"),
+    ("#D55E00", "--", "s"),
+    ("#009E73", "-.", "^"),
+    ("#CC79A7", ":", "D"),
+    ("#000000", (0, (8, 2)), "v"),
+    ("#56B4E9", (0, (3, 1, 1, 1)), "P"),
+)
+_INK = "#222222"
+_MAX_ELEMENTS = 1_000_000  # weights of one layer that a quantile looks at, evenly spread
+
+
+def training_curves(
+    histories: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | PathLike[str],
+    *,
+    xlabel: str = "Optimizer step",
+    ylabel: str = "Validation loss (nats per token)",
+    title: str | None = None,
+    log_y: bool = False,
+) -> Path:
+    """Draw how a loss or a perplexity went, one line a run, its last value in the legend.
+
+    Args:
+        histories: Name of the run to its points (step, value), in any order; values that are not finite are left out.
+        path: Where to; the ending says the format, ``.png``, ``.svg`` or ``.pdf``. Missing directories are made.
+        xlabel: What the steps are.
+        ylabel: What the values are, with their unit.
+        title: Heading; None is none.
+        log_y: Whether the values' axis is logarithmic.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If there is no run, or a run without a finite value.
+    """
+    runs = {}
+    for name, points in histories.items():
+        runs[name] = sorted((step, value) for step, value in points if math.isfinite(value))
+    empty = sorted(name for name, points in runs.items() if not points)
+    if empty or not runs:
+        raise ValueError(
+            f"`histories` must hold at least one run, each with a finite value, got "
+            f"{'none for ' + ', '.join(map(repr, empty)) if empty else 'no run'}. Log a value before drawing."
+        )
+    figure, axes = _axes(width=7.0, height=4.3)
+    for index, (name, points) in enumerate(runs.items()):
+        colour, dashes, marker = _STYLES[index % len(_STYLES)]
+        steps, values = zip(*points, strict=True)
+        axes.plot(
+            steps,
+            values,
+            color=colour,
+            linestyle=dashes,
+            marker=marker,
+            markersize=4.5,
+            markevery=max(1, len(points) // 12),
+            linewidth=1.8,
+            label=f"{name} (last: {values[-1]:.4g})",
+        )
+    if log_y:
+        axes.set_yscale("log")
+        _label_log(axes.yaxis)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if title:
+        axes.set_title(title, loc="left", fontsize=12)
+    axes.legend(frameon=False, labelcolor=_INK)
+    return _save(figure, path)
+
+
+def sigma_per_layer(posterior: Posterior, path: str | PathLike[str], *, title: str | None = None) -> Path:
+    """Draw the width of the posterior, layer by layer: the median of σ and the range of 98% of the weights.
+
+    Tensors are one layer if their names agree up to the layer number; tensors without a number stand for themselves.
+
+    Args:
+        posterior: What to draw.
+        path: Where to; the ending says the format, ``.png``, ``.svg`` or ``.pdf``. Missing directories are made.
+        title: Heading; None is none.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the posterior holds no tensor.
+    """
+    import numpy as np
+    import torch
+
+    if not posterior.names():
+        raise ValueError("`posterior` must hold at least one tensor, got none. Take it from a trained optimizer.")
+    layers: dict[str, list[str]] = {}
+    for name in sorted(posterior.names(), key=_natural):
+        layers.setdefault(_layer(name), []).append(name)
+    quantiles = []
+    for names in layers.values():
+        stride = math.ceil(sum(posterior.variance[name].numel() for name in names) / _MAX_ELEMENTS)
+        sigma = torch.cat([posterior.variance[name].flatten()[::stride].sqrt() for name in names]).numpy()
+        quantiles.append(np.quantile(sigma, (0.01, 0.5, 0.99)))
+    low, middle, high = np.stack(quantiles, axis=1)
+    figure, axes = _axes(width=7.0, height=1.6 + 0.27 * len(layers))
+    rows = range(len(layers))
+    axes.hlines(rows, low, high, color=_STYLES[0][0], linewidth=4, alpha=0.45, label="1% to 99% of the weights")
+    axes.plot(middle, rows, color=_STYLES[1][0], linestyle="", marker="o", markersize=6, label="median")
+    axes.set_xscale("log")
+    _label_log(axes.xaxis)
+    axes.set_yticks(list(rows), list(layers))
+    axes.set_ylim(len(layers) - 0.4, -0.6)  # first layer on top
+    axes.set_xlabel("Posterior standard deviation σ (unit of the weights)")
+    if title:
+        axes.set_title(title, loc="left", fontsize=12)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2, labelcolor=_INK)
+    return _save(figure, path)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Order names so that layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _layer(name: str) -> str:
+    """Return a tensor's layer: its name up to the first number, or without its last part."""
+    numbered = re.match(r"(?:.*?\.)??\d+(?=\.)", name)
+    return numbered.group() if numbered else name.rpartition(".")[0] or name
+
+
+def _axes(*, width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure of a size in inches, with axes that have a light grid and no box."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=160, facecolor="white", layout="constrained")
+    axes = figure.add_subplot(facecolor="white")
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_INK)
+    axes.tick_params(colors=_INK, labelsize=10)
+    for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        label.set_color(_INK)
+    return figure, axes
+
+
+def _label_log(axis: Axis) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 times each power of ten, in plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _save(figure: Figure, path: str | PathLike[str]) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, transparent=False)
+    return path

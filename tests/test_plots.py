@@ -1,0 +1,124 @@
+"""Figures: what they show, that they are files to look at, and that nothing else changes."""
+
+import subprocess
+import sys
+
+import matplotlib.figure
+import pytest
+import torch
+from PIL import Image
+
+from hf_ivon.plots import sigma_per_layer, training_curves
+from hf_ivon.posterior import Posterior
+from hf_ivon.posterior_config import PosteriorConfig
+
+RUNS = {"AdamW": [(200, 3.5), (100, 4.0)], "IVON": [(100, 4.1), (200, float("nan")), (300, 3.25)]}
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that was saved."""
+    saved, original = [], matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: (saved.append(self), original(self, *a, **k))[1]
+    )
+    return saved
+
+
+def posterior_of(**sigmas):
+    variance = {name.replace("__", "."): torch.as_tensor(sigma) ** 2 for name, sigma in sigmas.items()}
+    return Posterior(variance, PosteriorConfig(1.0, 0.0, 1.0, None, None, 1, (0.9, 0.99), "ivon-price", ""))
+
+
+def test_curves_show_the_points(tmp_path, figures):
+    """Lines would zigzag, lose points or be named wrongly."""
+    path = training_curves(RUNS, tmp_path / "new" / "curves.png", ylabel="Perplexity", title="Run")
+    (axes,) = figures[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert lines == {
+        "AdamW (last: 3.5)": [[100, 4.0], [200, 3.5]],
+        "IVON (last: 3.25)": [[100, 4.1], [300, 3.25]],
+    }
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title(loc="left")) == (
+        "Optimizer step",
+        "Perplexity",
+        "Run",
+    )
+    assert path == tmp_path / "new" / "curves.png"
+
+
+def test_lines_differ_in_more_than_colour(tmp_path, figures):
+    """In a black-and-white print the runs could not be told apart."""
+    training_curves({f"run {i}": [(0, i), (1, i)] for i in range(6)}, tmp_path / "curves.png", log_y=True)
+    lines = figures[0].axes[0].get_lines()
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 6
+    assert len({line.get_color() for line in lines}) == 6
+
+
+def test_figures_are_opaque_and_white(tmp_path):
+    """Dark text on a transparent ground cannot be read on a dark screen."""
+    paths = [
+        training_curves(RUNS, tmp_path / "curves.png"),
+        sigma_per_layer(posterior_of(a__weight=[0.1, 0.2]), tmp_path / "sigma.png"),
+    ]
+    for path in paths:
+        image = Image.open(path).convert("RGBA")
+        assert image.getpixel((0, 0)) == (255, 255, 255, 255)
+        assert image.getchannel("A").getextrema() == (255, 255)
+        assert len(image.getcolors(maxcolors=1_000_000)) > 10
+
+
+@pytest.mark.parametrize("ending", ["svg", "pdf"])
+def test_other_formats(tmp_path, ending):
+    """A figure for a paper could not be had as vectors."""
+    assert training_curves(RUNS, tmp_path / f"curves.{ending}").stat().st_size > 1000
+
+
+def test_sigma_is_grouped_by_layer_in_order(tmp_path, figures):
+    """Layer 10 would come before layer 2, or a range would mix layers."""
+    sigma = torch.linspace(1.0, 2.0, 101)
+    posterior = posterior_of(
+        model__wte__weight=0.5,
+        model__h__10__fc__weight=sigma * 10,
+        model__h__2__fc__weight=sigma[:51],
+        model__h__2__fc__bias=sigma[51:],
+        bias=[0.25],
+    )
+    sigma_per_layer(posterior, tmp_path / "sigma.png")
+    (axes,) = figures[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["bias", "model.h.2", "model.h.10", "model.wte"]
+    (medians,) = axes.get_lines()
+    assert medians.get_xdata() == pytest.approx([0.25, 1.5, 15.0, 0.5], rel=1e-6)
+    (ranges,) = axes.collections
+    ends = [[float(x) for x in segment[:, 0]] for segment in ranges.get_segments()]
+    assert ends[1] == pytest.approx([1.01, 1.99], rel=1e-6)
+    assert ends[2] == pytest.approx([10.1, 19.9], rel=1e-6)
+    assert "σ (unit of the weights)" in axes.get_xlabel()
+
+
+def test_pyplot_is_left_alone(tmp_path):
+    """A notebook's own figures or a server without a display would be disturbed."""
+    code = (
+        "import sys, hf_ivon.plots as plots\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        f"plots.training_curves({{'a': [(0, 1.0)]}}, {str(tmp_path / 'a.png')!r})\n"
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("histories", "message"),
+    [
+        ({}, "`histories` must hold at least one run, each with a finite value, got no run"),
+        ({"a": [(0, 1.0)], "b": [], "c": [(0, float("inf"))]}, "got none for 'b', 'c'"),
+    ],
+)
+def test_nothing_to_draw(tmp_path, histories, message):
+    """An empty picture would pass for a result."""
+    with pytest.raises(ValueError, match=message):
+        training_curves(histories, tmp_path / "curves.png")
+    with pytest.raises(ValueError, match="`posterior` must hold at least one tensor"):
+        sigma_per_layer(posterior_of(), tmp_path / "sigma.png")
+    assert list(tmp_path.iterdir()) == []

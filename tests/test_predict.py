@@ -1,0 +1,476 @@
+"""Posterior-averaged prediction: exact cases, independence of batches, the way back to the mean, and a whole road."""
+
+import copy
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from hf_ivon.checkpoint import load_posterior
+from hf_ivon.optim import IVON
+from hf_ivon.posterior import Posterior, posterior_keys
+from hf_ivon.posterior_config import PosteriorConfig
+from hf_ivon.predict import _generator, posterior_perplexity, posterior_predict
+
+
+class Linear(nn.Module):
+    """A linear model with dropout that would show, and the weights of every forward."""
+
+    def __init__(self, num_features, num_outputs):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.linear = nn.Linear(num_features, num_outputs)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(self.linear.weight.detach().clone())
+        return self.linear(self.dropout(x))
+
+
+def batches(x, y=None, size=4):
+    cuts = range(0, len(x), size)
+    return [{"x": x[i : i + size]} | ({} if y is None else {"labels": y[i : i + size]}) for i in cuts]
+
+
+def posterior_of(model, std=0.3):
+    """A posterior of random widths around `std`."""
+    generator = torch.Generator().manual_seed(7)
+    variance = {
+        name: (std * (0.5 + torch.rand(p.shape, generator=generator))) ** 2
+        for name, p in posterior_keys(model).items()
+    }
+    config = PosteriorConfig(1.0, 0.0, 1.0, None, None, 1, (0.9, 0.99), "ivon-price", "")
+    return Posterior(variance, config)
+
+
+class TwoPoints:
+    """Stands for a posterior: adds 1 to the first output in every second sample."""
+
+    def __init__(self):
+        self.calls = 0
+
+    @contextmanager
+    def sampled(self, model, generator=None, ess_scale=1.0):
+        shift = float(self.calls % 2)
+        self.calls += 1
+        with torch.no_grad():
+            model.linear.bias[0] += shift
+        try:
+            yield model
+        finally:
+            with torch.no_grad():
+                model.linear.bias[0] -= shift
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def drawn(posterior, model, num_samples, seed):
+    """The weight samples of a seed, side by side."""
+    return [posterior.sample(posterior_keys(model), _generator(seed, index)) for index in range(num_samples)]
+
+
+def gpt2(num_layers=1):
+    torch.manual_seed(3)
+    sizes = dict(vocab_size=23, n_positions=16, n_embd=16, n_layer=num_layers, n_head=2)
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+def tokens(num_rows=6, length=9):
+    ids = torch.randint(23, (num_rows, length), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    labels[1, 4:] = -100
+    labels[3] = -100
+    labels[4, :3] = -100
+    return ids, labels
+
+
+def token_batches(size=2, rows=slice(None)):
+    ids, labels = (t[rows] for t in tokens())
+    return [{"input_ids": ids[i : i + size], "labels": labels[i : i + size]} for i in range(0, len(ids), size)]
+
+
+# Exact cases
+
+
+def test_linear_gaussian_regression():
+    """For a linear model the averaged mean and variance are known: w·x + b and Σ σ² x² + σ_b²."""
+    model, x = Linear(5, 1), torch.randn(7, 5)
+    posterior = posterior_of(model)
+    num_samples = 3000
+    result = posterior_predict(model, posterior, batches(x, x[:, 0]), num_samples=num_samples)
+    with torch.no_grad():
+        mean = model.eval()(x)[:, 0].double()
+    variance = x.double() ** 2 @ posterior.variance["linear.weight"][0].double()
+    variance += posterior.variance["linear.bias"].double()
+    # Five standard errors of a mean, and of a variance, of `num_samples` Gaussian draws.
+    assert (result.prediction_mean - mean).abs().le(5 * (variance / num_samples).sqrt()).all()
+    assert (result.prediction_variance / variance - 1).abs().max() < 5 * math.sqrt(2 / num_samples)
+    assert result.probabilities is None
+    assert torch.equal(result.labels, x[:, 0])
+    assert result.num_samples == num_samples
+
+
+def test_two_weight_samples_by_hand():
+    """Probabilities, not logits, are averaged; the variance is divided by the number of samples."""
+    model, x = Linear(2, 2), torch.randn(3, 2)
+    logits = model.eval()(x).detach().double()
+    result = posterior_predict(model, TwoPoints(), batches(x), num_samples=2)
+    shifted = logits + torch.tensor([1.0, 0.0])
+    assert torch.allclose(result.probabilities, (logits.softmax(dim=1) + shifted.softmax(dim=1)) / 2, atol=1e-6)
+    assert result.labels is None
+    model, x = Linear(2, 1), torch.randn(3, 2)
+    mean = model.eval()(x)[:, 0].detach().double()
+    result = posterior_predict(model, TwoPoints(), batches(x), num_samples=2)
+    assert torch.allclose(result.prediction_mean, mean + 0.5, atol=1e-6)
+    assert torch.allclose(result.prediction_variance, torch.full((3,), 0.25, dtype=torch.float64), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_outputs", [1, 3])
+def test_running_average_equals_stacking(num_outputs):
+    """The one-pass average would drift from the average of all samples kept side by side."""
+    model, x = Linear(4, num_outputs), torch.randn(6, 4)
+    posterior = posterior_of(model)
+    result = posterior_predict(model, posterior, batches(x), num_samples=9, seed=2)
+    draws = drawn(posterior, model, 9, seed=2)
+    stacked = torch.stack([(x @ draw["linear.weight"].T + draw["linear.bias"]).double() for draw in draws])
+    if num_outputs == 1:
+        assert torch.allclose(result.prediction_mean, stacked.mean(0)[:, 0], atol=1e-6)
+        assert torch.allclose(result.prediction_variance, stacked.var(0, unbiased=False)[:, 0], atol=1e-6)
+    else:
+        assert torch.allclose(result.probabilities, stacked.softmax(-1).mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_outputs", [1, 3])
+def test_no_samples_is_the_plain_forward(num_outputs):
+    """Asking for the mean would still draw weights, or need a posterior."""
+    model, x = Linear(4, num_outputs), torch.randn(6, 4)
+    with torch.no_grad():
+        logits = model.eval()(x).double()
+    result = posterior_predict(model, None, batches(x, size=6), num_samples=0)
+    if num_outputs == 1:
+        assert torch.equal(result.prediction_mean, logits[:, 0])
+        assert torch.equal(result.prediction_variance, torch.zeros(6, dtype=torch.float64))
+    else:
+        assert torch.equal(result.probabilities, logits.softmax(dim=1))
+
+
+# Which weights, which order, which device
+
+
+def test_sample_i_is_the_same_whatever_the_number():
+    """More samples would not continue fewer, and neighbouring seeds would share samples."""
+    model, x = Linear(4, 3), torch.randn(2, 4)
+    posterior = posterior_of(model)
+
+    def weights_seen(num_samples, seed):
+        model.seen.clear()
+        posterior_predict(model, posterior, batches(x), num_samples=num_samples, seed=seed)
+        return list(model.seen)
+
+    few, many, other = weights_seen(2, seed=0), weights_seen(5, seed=0), weights_seen(5, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(few, many, strict=False))
+    assert not any(torch.equal(a, b) for i, a in enumerate(many + other) for b in (many + other)[:i])
+
+
+def test_global_random_state_is_left_alone():
+    """Evaluating in the middle of training would change dropout and data order after it."""
+    model, x = Linear(4, 3), torch.randn(2, 4)
+    before = torch.get_rng_state()
+    posterior_predict(model, posterior_of(model), batches(x), num_samples=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("size", [1, 3, 10])
+def test_batch_size_does_not_change_the_result(size):
+    """Every batch would get weights of its own, or ragged last batches count twice."""
+    model, x = Linear(4, 3), torch.randn(10, 4)
+    y = torch.arange(10) % 3
+    posterior = posterior_of(model)
+    whole = posterior_predict(model, posterior, batches(x, y, size=10), num_samples=4)
+    parts = posterior_predict(model, posterior, batches(x, y, size=size), num_samples=4)
+    assert torch.allclose(parts.probabilities, whole.probabilities, atol=1e-6)
+    assert torch.equal(parts.labels, y)
+
+
+def test_batches_go_to_the_models_device():
+    """Every model on an accelerator would fail on its first batch."""
+
+    class Meta(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(2, device="meta"))
+
+        def forward(self, x, note):
+            assert note == "kept"
+            return torch.zeros(len(x), 2) if x.device.type == "meta" else torch.ones(0)
+
+    batch = {"x": torch.ones(3, 2), "note": "kept"}
+    assert posterior_predict(Meta(), None, [batch], num_samples=0).probabilities.shape == (3, 2)
+    assert set(batch) == {"x", "note"}
+
+
+def test_outputs_of_every_form_are_read():
+    """A tuple or a dict, as models of Transformers give, would be taken for logits."""
+
+    class Form(Linear):
+        form = staticmethod(lambda logits: logits)
+
+        def forward(self, x):
+            return self.form(super().forward(x))
+
+    x, results = torch.randn(4, 3), []
+    torch.manual_seed(1)
+    model = Form(3, 1)
+    for form in (lambda t: t, lambda t: t[:, 0], lambda t: (t, None), lambda t: {"loss": None, "logits": t}):
+        model.form = form
+        results.append(posterior_predict(model, None, batches(x), num_samples=0).prediction_mean)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+# The way back
+
+
+def test_modes_and_weights_are_restored():
+    """Training would go on with drawn weights, without dropout, or with a frozen part unfrozen."""
+    model = Linear(4, 3).train()
+    model.linear.eval()
+    before, modes = weights(model), [m.training for m in model.modules()]
+    assert modes == [True, True, False]
+    posterior_predict(model, posterior_of(model), batches(torch.randn(4, 4)), num_samples=3)
+    assert same(weights(model), before)
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_modes_and_weights_are_restored_after_an_error(error):
+    """An interrupted evaluation would leave a weight sample in the model, even while the error is being handled."""
+    model = Linear(4, 3).train()
+    before = weights(model)
+
+    def stop(module, args):
+        if len(module.seen) == 3:
+            raise error("stop")
+
+    model.register_forward_pre_hook(stop)
+    try:
+        posterior_predict(model, posterior_of(model), batches(torch.randn(8, 4)), num_samples=5)
+    except error:
+        assert same(weights(model), before)
+        assert model.training
+    else:
+        pytest.fail("the hook did not raise")
+
+
+# Language models
+
+
+def test_perplexity_at_the_mean_is_that_of_transformers():
+    """Labels would be shifted otherwise than in training, or ignored tokens counted."""
+    model = gpt2()
+    ids, labels = tokens()
+    with torch.no_grad():
+        loss = model.eval()(input_ids=ids, labels=labels).loss.item()
+    result = posterior_perplexity(model, None, token_batches(size=6), num_samples=0)
+    assert result["nll"] == pytest.approx(loss, rel=1e-6)
+    assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-6)
+    assert result["num_tokens"] == int((labels[:, 1:] != -100).sum())
+
+
+def test_perplexity_of_the_first_token_is_never_asked():
+    """The first label of a sequence has no prediction; it would be counted against the last logits."""
+    model = gpt2()
+    ids, labels = tokens()
+    changed = labels.clone()
+    changed[:, 0] = (changed[:, 0] + 1).clamp(min=0) % 23
+    a = posterior_perplexity(model, None, [{"input_ids": ids, "labels": labels}], num_samples=0)
+    b = posterior_perplexity(model, None, [{"input_ids": ids, "labels": changed}], num_samples=0)
+    assert a == b
+
+
+def test_perplexity_averages_probabilities_of_tokens():
+    """Averaging log-probabilities, logits or perplexities instead would give another number."""
+    model = gpt2()
+    posterior = posterior_of(model, std=0.1)
+    ids, labels = tokens()
+    kept, target = labels[:, 1:] != -100, labels[:, 1:]
+    probabilities = []
+    for draw in drawn(posterior, model, 6, seed=4):
+        sample = copy.deepcopy(model).eval()
+        sample.load_state_dict(draw | {"lm_head.weight": draw["transformer.wte.weight"]})
+        with torch.no_grad():
+            p = sample(input_ids=ids).logits.double().softmax(dim=-1)[:, :-1]
+        probabilities.append(p[kept].gather(1, target[kept][:, None])[:, 0])
+    expected = -torch.stack(probabilities).mean(0).log().mean().item()
+    result = posterior_perplexity(model, posterior, token_batches(size=4), num_samples=6, seed=4)
+    assert result["nll"] == pytest.approx(expected, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["nll"]), rel=1e-12)
+
+
+@pytest.mark.parametrize("num_samples", [0, 3])
+def test_perplexity_does_not_depend_on_batches(num_samples):
+    """A mean of batch means weighs the tokens of short batches more."""
+    model = gpt2()
+    posterior = posterior_of(model, std=0.1)
+    results = [
+        posterior_perplexity(model, posterior, token_batches(size=size), num_samples=num_samples) for size in (1, 4, 6)
+    ]
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+    assert results[2] == pytest.approx(results[0], rel=1e-5)
+
+
+def test_hopeless_model_has_infinite_perplexity():
+    """A perplexity beyond the largest float would end a long run with an OverflowError."""
+
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return torch.tensor([5000.0, 0.0]).expand(*x.shape, 2)
+
+    batch = {"x": torch.zeros(1, 3), "labels": torch.ones(1, 3, dtype=torch.long)}
+    assert posterior_perplexity(Wrong(), None, [batch], num_samples=0) == {
+        "perplexity": math.inf,
+        "nll": 5000.0,
+        "num_tokens": 2,
+    }
+
+
+# The whole road
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_train_save_load_predict(tmp_path, lora):
+    """The pieces would not fit: optimizer, files, a real Transformers model, a DataLoader."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = BertForSequenceClassification(BertConfig(**sizes, max_position_embeddings=12, num_labels=3))
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"]))
+    rows = [
+        {
+            "input_ids": torch.full((8,), i % 3 + 1),
+            "attention_mask": torch.ones(8, dtype=torch.long),
+            "labels": torch.tensor(i % 3),
+        }
+        for i in range(10)
+    ]
+    data = DataLoader(rows, batch_size=4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = IVON(trained, lr=0.1, ess=100.0, hess_init=1.0, weight_decay=1e-4)
+    for batch in data:
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path)
+    Posterior.from_optimizer(optimizer, model).save_pretrained(tmp_path)
+    posterior = load_posterior(tmp_path, model)
+    before = weights(model)
+    with torch.no_grad():
+        plain = torch.cat([
+            model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits for batch in data
+        ]).double()
+    at_mean = posterior_predict(model, posterior, data, num_samples=0)
+    averaged = posterior_predict(model, posterior, data, num_samples=4)
+    assert torch.equal(at_mean.probabilities, plain.softmax(dim=1))
+    assert averaged.labels.tolist() == [i % 3 for i in range(10)]
+    assert torch.allclose(averaged.probabilities.sum(dim=1), torch.ones(10, dtype=torch.float64))
+    assert not torch.allclose(averaged.probabilities, at_mean.probabilities, atol=1e-4)
+    assert same(weights(model), before)
+
+
+# Bad input
+
+
+class Shuffled(list):
+    """Batches that come in another order every time."""
+
+    def __iter__(self):
+        self.reverse()
+        return super().__iter__()
+
+
+X, Y = torch.arange(24.0).reshape(6, 4), torch.tensor([0, 1, 2, 0, 1, 1])
+PAIRS = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "error", "message"),
+    [
+        (batches(X), {"num_samples": -1}, ValueError, "`num_samples` must be an integer of at least 0, got -1"),
+        (batches(X), {"num_samples": 2.0}, ValueError, "`num_samples` must be an integer of at least 0, got 2.0"),
+        (batches(X), {"num_samples": True}, ValueError, "`num_samples` must be an integer of at least 0, got True"),
+        (batches(X), {"num_samples": 1, "seed": -1}, ValueError, r"`seed` must be an integer in \[0, 2\*\*63\)"),
+        ([], {"num_samples": 1}, ValueError, "`data` must have at least one batch"),
+        (iter(batches(X)), {"num_samples": 2}, ValueError, "must be readable once per weight sample, got list_iter"),
+        (DataLoader(PAIRS, 2, shuffle=True), {"num_samples": 2}, ValueError, "a DataLoader that shuffles"),
+        (Shuffled(batches(X, Y)), {"num_samples": 2}, ValueError, "same examples in the same order"),
+        (Shuffled(batches(X, size=6) + batches(X[:5], Y[:5])), {"num_samples": 1}, ValueError, "5 labels for 11 ex"),
+        (batches(X, torch.ones(6, 3)), {"num_samples": 1}, ValueError, "18 labels for 6 examples"),
+        ([X], {"num_samples": 1}, TypeError, "must be a mapping of the model's arguments, got Tensor"),
+        ([{"x": X[:, None]}], {"num_samples": 0}, ValueError, r"shape \(batch, classes\), got \(6, 1, 3\)"),
+    ],
+)
+def test_bad_arguments_are_named(data, options, error, message):
+    """Rows of different examples would be averaged, or an empty evaluation pass for a result."""
+    model = Linear(4, 3)
+    before = weights(model)
+    with pytest.raises(error, match=message):
+        posterior_predict(model, posterior_of(model), data, **options)
+    assert same(weights(model), before)
+
+
+def test_samples_need_a_posterior():
+    """The mean would be averaged with itself."""
+    with pytest.raises(ValueError, match="`posterior` must be given for 2 weight samples"):
+        posterior_predict(Linear(4, 3), None, batches(X), num_samples=2)
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        ("multi_label_classification", "must predict one label an example"),
+        ("regression", "one output for regression, got 3"),
+    ],
+)
+def test_other_kinds_of_heads_are_refused(problem, message):
+    """Softmax over independent labels or regression targets means nothing."""
+    model = Linear(4, 3)
+    model.config = BertConfig(problem_type=problem)
+    with pytest.raises(ValueError, match=message):
+        posterior_predict(model, posterior_of(model), batches(X), num_samples=1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": torch.ones(2, 4, dtype=torch.long)}, "must have `labels`, got none"),
+        (
+            {"input_ids": torch.ones(2, 1, dtype=torch.long), "labels": torch.ones(2, 1, dtype=torch.long)},
+            "at least one token to predict",
+        ),
+        (
+            {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.full((2, 4), -100)},
+            "at least one token to predict",
+        ),
+        (
+            {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.ones(2, 3, dtype=torch.long)},
+            r"got \(2, 4, 23\) for \(2, 3\)",
+        ),
+    ],
+)
+def test_language_data_without_targets_is_refused(batch, message):
+    """A perplexity of nothing would be NaN, or 1."""
+    with pytest.raises(ValueError, match=message):
+        posterior_perplexity(gpt2(), None, [batch], num_samples=0)
