@@ -36,10 +36,10 @@ def test_linear_regression_reaches_the_mean_field_optimum():
         optimizer.zero_grad()
         if t >= steps - tail:
             means.append(p.detach().clone())
-    # One hess_hat has a relative standard deviation of sqrt(2 + off-diagonal terms), below 1.8 here; the average over
-    # 5,000 of them 2.5%, so 12% is 5 standard errors. The iterates stray about sqrt(lr / 2) = 0.16 sigma from
-    # the exact mean and forget in about 1 / lr = 20 steps (the correlated direction in 100): the average over 3,000 of them is
-    # off by about 0.03 sigma, and 0.2 sigma is more than 5 standard errors.
+    # One hess_hat has a relative standard deviation of sqrt(2 + off-diagonal terms), below 1.8 here; the average of
+    # 5,000 of them 2.5%, so 12% is 5 standard errors. The iterates stray sqrt(lr / 2) = 0.16 sigma from the exact mean
+    # and forget in about 1 / lr = 20 steps (the correlated direction in 100): the average of 3,000 of them is off by
+    # about 0.03 sigma, and 0.2 sigma is more than 5 standard errors.
     variance = optimizer.posterior_variance(p)
     assert ((variance / exact_variance - 1).abs() < 0.12).all(), (variance, exact_variance)
     mean = torch.stack(means).mean(0)
