@@ -395,8 +395,6 @@ class IVON(torch.optim.Optimizer):
             RuntimeError: If called inside `sampled_params`.
         """
         if self._inside:
-            raise RuntimeError(
-                "`statistics()` must not be called inside `sampled_params`. Leave the `with` block first."
-            )
+            raise RuntimeError("`statistics()` must not be called inside `sampled_params`. Leave the block first.")
         entries = [(group, p, self._state(p, group)) for group, p in self._parameters() if p.requires_grad]
         return posterior_statistics(entries, max_elements)

@@ -114,12 +114,20 @@ def config_problems(values: Mapping[str, Any]) -> list[str]:
         "estimator": (lambda v: isinstance(v, str), "a string"),
         "mean_digest": (lambda v: isinstance(v, str), "a string"),
     }
+    optional = {
+        "base_model": (lambda v: v is None or isinstance(v, str), "a string or null"),
+        "base_revision": (lambda v: v is None or isinstance(v, str), "a string or null"),
+        "versions": (
+            lambda v: isinstance(v, dict) and all(isinstance(x, str) for x in v.values()),
+            "an object of strings",
+        ),
+    }
     problems = [f"`{k}` is missing" for k in rules if k not in values]
     unknown = set(values) - {f.name for f in dataclasses.fields(PosteriorConfig)}
     problems += [f"`{k}` is not a key of this format" for k in sorted(unknown)]
     problems += [
         f"`{k}` must be {rule}, got {values[k]!r}"
-        for k, (ok, rule) in rules.items()
+        for k, (ok, rule) in (rules | optional).items()
         if k in values and not ok(values[k])
     ]
     return problems

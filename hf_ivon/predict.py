@@ -5,9 +5,7 @@ Sample number i of a seed is the same draw however many samples are asked for, w
 
 from __future__ import annotations
 
-import hashlib
 import math
-import struct
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from hf_ivon.posterior import unwrap
+from hf_ivon.sampling import generator_seed
 
 if TYPE_CHECKING:
     from hf_ivon.posterior import Posterior
@@ -223,8 +222,7 @@ def _check_arguments(posterior: Posterior | None, data: Batches, num_samples: in
 
 def _generator(seed: int, index: int) -> torch.Generator:
     """Return the source of weight sample number `index`; hashed, so that neighbouring seeds share no sample."""
-    digest = hashlib.blake2b(struct.pack("<2q", seed, index), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator().manual_seed(generator_seed(seed, index))
 
 
 @contextmanager

@@ -13,6 +13,19 @@ from torch import Tensor
 from hf_ivon import functional
 
 
+def generator_seed(*key: int) -> int:
+    """Return a generator's seed that is a function of a key, different in every bit for keys that differ in one.
+
+    Args:
+        key: 64-bit integers.
+
+    Returns:
+        An integer in [0, 2**63).
+    """
+    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 class WeightSampler:
     """Puts weight samples into parameters, and the mean back, bit for bit.
 
@@ -68,5 +81,4 @@ class WeightSampler:
         """Return a generator whose draws depend on the key alone: nothing of it needs to be saved."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device)
-        digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
-        return self._generators[device].manual_seed(int.from_bytes(digest, "little") >> 1)
+        return self._generators[device].manual_seed(generator_seed(*key))

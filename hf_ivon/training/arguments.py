@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from dataclasses import dataclass, field
@@ -40,8 +41,9 @@ class IVONTrainingArguments(TrainingArguments):
 
     Defaults that differ from Transformers, because IVON's step is a Newton step: `optim` is ``"ivon"``;
     `learning_rate` and `weight_decay` are 0.1 and 1e-5 for IVON (the paper's App. C.4), and 5e-5 and 0.0, as ever, for
-    other optimizers. `weight_decay` is the prior precision per example. `max_grad_norm` clips the gradient that moves
-    the mean, never the gradients that the Hessian is learnt from.
+    other optimizers; a copy made by `dataclasses.replace` keeps the values, so give them again with another `optim`.
+    `weight_decay` is the prior precision per example. `max_grad_norm` clips the gradient that moves the mean, never the
+    gradients that the Hessian is learnt from.
     """
 
     optim: str = field(
@@ -107,41 +109,78 @@ class IVONTrainingArguments(TrainingArguments):
         """Resolve the defaults that depend on the optimizer, and check IVON's options.
 
         Raises:
-            ValueError: If an option is unknown, out of range, or given twice with different values.
+            ValueError: If an option is unknown, out of range, given twice with different values, or does not go with
+                IVON.
         """
         is_ivon = self.optim == "ivon"
-        if self.learning_rate is None:
-            self.learning_rate = 0.1 if is_ivon else 5e-5
-        if self.weight_decay is None:
-            self.weight_decay = 1e-5 if is_ivon else 0.0
+        self.learning_rate = _resolve("learning_rate", self.learning_rate, 0.1 if is_ivon else 5e-5)
+        self.weight_decay = _resolve("weight_decay", self.weight_decay, 1e-5 if is_ivon else 0.0)
         if is_ivon:
             self.optim = "adamw_torch"  # the base class accepts its own names only
         super().__post_init__()
         if is_ivon:
             self.optim = "ivon"
             self.ivon_options()
-        elif self._flags():
-            logger.warning(
-                "%s have no effect with optim=%r; they are for optim='ivon'.",
-                ", ".join(self._flags()),
-                str(self.optim),
-            )
+            check_supported(self)
+        elif flags := _flags(self):
+            logger.warning("%s have no effect with optim=%r; they are for optim='ivon'.", ", ".join(flags), self.optim)
 
-    def set_optimizer(self, name: str = "ivon", *args: Any, **kwargs: Any) -> IVONTrainingArguments:
-        """Set the optimizer as `TrainingArguments.set_optimizer` does; `name` may be ``"ivon"``.
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle as plain `TrainingArguments`, so that `training_args.bin` opens where hf_ivon is not installed."""
+        construct, (_, *arguments), *rest = super().__reduce_ex__(protocol)
+        return construct, (TrainingArguments, *arguments), *rest
+
+    def __copy__(self) -> IVONTrainingArguments:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IVONTrainingArguments:
+        other = memo[id(self)] = object.__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+    def set_optimizer(
+        self,
+        name: str = "ivon",
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        beta1: float | None = None,
+        beta2: float | None = None,
+        args: str | None = None,
+        **kwargs: Any,
+    ) -> IVONTrainingArguments:
+        """Set all that is linked to the optimizer, as `TrainingArguments.set_optimizer` does.
 
         Args:
-            name: Name of the optimizer.
-            args: Passed on.
-            kwargs: Passed on; `args` is `optim_args`.
+            name: Name of the optimizer; may be ``"ivon"``.
+            learning_rate: Peak learning rate; None is the optimizer's default.
+            weight_decay: Prior precision per example, for other optimizers weight decay; None is the default.
+            beta1: Decay of the gradient average; None is the optimizer's default.
+            beta2: Decay of the Hessian average, for other optimizers of the second moment; None is the default.
+            args: `optim_args`.
+            kwargs: Passed on, for other optimizers only.
 
         Returns:
             These arguments.
+
+        Raises:
+            ValueError: If a value is out of range, or `kwargs` are given for IVON.
         """
-        super().set_optimizer("adamw_torch" if name == "ivon" else name, *args, **kwargs)
-        if name == "ivon":
-            self.optim = "ivon"
-            self.ivon_options()
+        is_ivon = name == "ivon"
+        betas = {"beta1": beta1, "beta2": beta2}
+        given = {key: value for key, value in {"learning_rate": learning_rate, **betas}.items() if value is not None}
+        if not is_ivon:
+            super().set_optimizer(name, weight_decay=weight_decay or 0.0, args=args, **given, **kwargs)
+            return self
+        if kwargs:
+            raise ValueError(f"`set_optimizer` must get options of IVON, got {sorted(kwargs)}. Use `args` for more.")
+        self.optim, self.optim_args = "ivon", args
+        self.learning_rate = _resolve("learning_rate", learning_rate, 0.1)
+        self.weight_decay = _resolve("weight_decay", weight_decay, 1e-5)
+        self.ivon_beta1, self.ivon_beta2 = beta1, beta2
+        self.ivon_options()
+        check_supported(self)
         return self
 
     def ivon_options(self) -> dict[str, Any]:
@@ -154,30 +193,68 @@ class IVONTrainingArguments(TrainingArguments):
         Raises:
             ValueError: If an option is unknown, out of range, or given twice with different values.
         """
-        flags, written = self._flags(), _parse_optim_args(self.optim_args)
-        for name, value in flags.items():
-            key = name.removeprefix("ivon_")
-            if key in written and written[key] != _convert(key, value):
+        flags, written = _flags(self), _parse_optim_args(self.optim_args)
+        for key, value in flags.items():
+            if key in written and written[key] != value:
                 raise ValueError(
-                    f"`{name}` must agree with `optim_args`, got {value!r} and {key}={written[key]!r}. Give it once."
+                    f"`ivon_{key}` must agree with `optim_args`, got {value!r} and {key}={written[key]!r}. Give it "
+                    f"once."
                 )
-        given = {name.removeprefix("ivon_"): _convert(name.removeprefix("ivon_"), v) for name, v in flags.items()}
-        options = {**_DEFAULTS, **written, **given}
+        options = {**_DEFAULTS, **written, **flags}
         if options["seed"] is None:
             options["seed"] = self.seed
+        names = {key: f"ivon_{key}" for key in flags} | {"lr": "learning_rate"}
         if options["prior_on"] not in _PRIOR_ON:
             raise ValueError(
-                f"`ivon_prior_on` must be one of {', '.join(_PRIOR_ON)}, got {options['prior_on']!r}. 'all' is usual."
+                f"`{names.get('prior_on', 'prior_on')}` must be one of {', '.join(_PRIOR_ON)}, got "
+                f"{options['prior_on']!r}. 'all' is usual."
             )
         if options["prior_mean"] == "given":
             raise ValueError("`ivon_prior_mean` must be 'zero' or 'init', got 'given'. Tensors go to `IVON` in code.")
-        checked = {k: v for k, v in options.items() if not (k == "ess" and v == "auto")}
-        check_options({**checked, "lr": self.learning_rate, "weight_decay": self.weight_decay})
+        for key, value in {**options, "lr": self.learning_rate, "weight_decay": self.weight_decay}.items():
+            if key == "ess" and value == "auto":
+                continue
+            try:
+                check_options({key: value})
+            except ValueError as err:  # the message names the option as it was given
+                raise ValueError(str(err).replace(f"`{key}`", f"`{names.get(key, key)}`", 1)) from None
         return options
 
-    def _flags(self) -> dict[str, Any]:
-        names = [f"ivon_{key}" for key in _DEFAULTS]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+def check_supported(args: TrainingArguments) -> None:
+    """Refuse what IVON cannot do right yet, before anything is trained.
+
+    Args:
+        args: Training arguments.
+
+    Raises:
+        ValueError: If they ask for it; the message names the alternative.
+    """
+    refused = {
+        "DeepSpeed (it steps inside the backward pass)": (args.deepspeed_plugin is not None, "Leave out --deepspeed"),
+        "FSDP": (bool(args.fsdp), "Train on one device, without --fsdp"),
+        "several processes": (args.world_size > 1, "Train in one, with --gradient_accumulation_steps"),
+        "fp16": (args.mixed_precision == "fp16", "Use --bf16"),
+    }
+    for what, (asked, remedy) in refused.items():
+        if asked:
+            raise ValueError(f"optim='ivon' does not support {what} yet. {remedy}, or choose another `optim`.")
+
+
+def _flags(args: TrainingArguments) -> dict[str, Any]:
+    """Return the `ivon_*` options that are set, by their names without the prefix."""
+    values = {key: getattr(args, f"ivon_{key}", None) for key in _DEFAULTS}
+    return {key: _convert(key, value) for key, value in values.items() if value is not None}
+
+
+def _resolve(name: str, value: Any, default: float) -> float:
+    """Return the default for None, and a number for the string that YAML makes of `1e-3`."""
+    if value is None:
+        return default
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` must be a number, got {value!r}. Correct it.") from None
 
 
 def _parse_optim_args(text: str | None) -> dict[str, Any]:
@@ -191,6 +268,8 @@ def _parse_optim_args(text: str | None) -> dict[str, Any]:
                 f"`optim_args` must be 'key=value,...' with keys {', '.join(sorted(_DEFAULTS))}, got {part!r}. The "
                 f"learning rate and the prior precision are `learning_rate` and `weight_decay`."
             )
+        if key in options:
+            raise ValueError(f"`optim_args` must give each option once, got {key} twice. Remove one of them.")
         options[key] = _convert(key, value)
     return options
 

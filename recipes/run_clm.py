@@ -1,0 +1,219 @@
+"""Train a GPT-2 from scratch with IVON or AdamW; evaluate perplexity at the mean and averaged over the posterior.
+
+    python recipes/run_clm.py --output_dir out --max_steps 200                     # embedded corpus, offline
+    python recipes/run_clm.py --output_dir out --train_file a.jsonl.gz --validation_file b.txt
+    python recipes/run_clm.py recipes/settings/gpt2_125m_ivon.json --output_dir out    # the paper's setting
+
+The model follows nanoGPT: GELU, no dropout, tied head, no biases. Transformers' GPT-2 has no switch for biases, so
+they are set to zero and frozen, which is the same function; `--bias true` trains them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_ivon import IVONTrainer, IVONTrainingArguments, posterior_perplexity
+
+try:
+    from recipes import common, corpus
+except ImportError:  # run as a script: this directory is on the path
+    import common
+    import corpus
+
+END = "<|endoftext|>"
+
+
+@dataclass
+class ModelArguments:
+    """The model and its tokenizer."""
+
+    config_name: str = field(
+        default="gpt2", metadata={"help": "GPT-2's default configuration, or a directory with one."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Changes of the configuration: n_layer=4,n_head=4,n_embd=128"}
+    )
+    bias: bool = field(default=False, metadata={"help": "Train biases; otherwise they are zero and frozen."})
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer's name or directory. Default: byte-level BPE trained on the corpus."},
+    )
+    vocab_size: int = field(default=2048, metadata={"help": "Vocabulary of the tokenizer that is trained."})
+
+
+@dataclass
+class DataArguments:
+    """The text, and how it is cut and evaluated."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset on the Hub, such as Skylion007/openwebtext."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read that dataset as a stream; needs max_steps and ivon_ess."}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training text: txt, json, jsonl or csv, also .gz."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Validation text; default: the last 5%% of training."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    block_size: int = field(
+        default=1024, metadata={"help": "Tokens in a training sequence, at most the model's context."}
+    )
+    max_eval_blocks: int = field(default=500, metadata={"help": "Most validation sequences."})
+    eval_num_samples: int = field(
+        default=16, metadata={"help": "Weight samples of the posterior-averaged perplexity."}
+    )
+
+
+def load_text(args: DataArguments) -> tuple[Any, Any]:
+    """Return training and validation rows with a text column, from the Hub, from files, or from Python itself."""
+    import datasets
+
+    if args.dataset_name is not None:
+        splits = datasets.load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+        train = common.check_rows(splits["train"], [args.text_column], repr(args.dataset_name))
+        if "validation" in splits:
+            return train, splits["validation"]
+        if args.streaming:
+            return train.skip(1000), train.take(1000)
+    elif args.train_file is not None:
+        train = common.load_rows(args.train_file, [args.text_column])
+        if args.validation_file is not None:
+            return train, common.load_rows(args.validation_file, [args.text_column])
+    else:
+        documents = corpus.python_documentation()
+        rows = {split: datasets.Dataset.from_dict({args.text_column: texts}) for split, texts in documents.items()}
+        return rows["train"], rows["validation"]
+    cut = max(1, len(train) // 20)
+    if cut >= len(train):
+        raise common.RecipeError(
+            "The training text has one row, so that none is left for validation. Pass --validation_file."
+        )
+    return train.select(range(len(train) - cut)), train.select(range(len(train) - cut, len(train)))
+
+
+def load_tokenizer(args: ModelArguments, rows: Any, column: str) -> Any:
+    """Return the named tokenizer, or a byte-level BPE trained on the rows."""
+    if args.tokenizer_name is not None:
+        return AutoTokenizer.from_pretrained(args.tokenizer_name)
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    texts = (row[column] for row in rows)
+    tokenizer.train_from_iterator(texts, vocab_size=args.vocab_size, special_tokens=[END], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=END, bos_token=END)
+
+
+def pack(rows: Any, tokenizer: Any, column: str, block_size: int) -> Any:
+    """Return the rows as blocks of tokens: documents joined by the end token, the last partial block dropped."""
+
+    def to_blocks(batch: dict[str, list]) -> dict[str, list]:
+        ids = tokenizer([t for t in batch[column] if t], verbose=False)["input_ids"]
+        stream = [i for document in ids for i in [*document, tokenizer.eos_token_id]]
+        blocks = [stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)]
+        return {"input_ids": blocks, "labels": blocks}
+
+    return rows.map(to_blocks, batched=True, batch_size=10_000, remove_columns=rows.column_names)
+
+
+def build_model(args: ModelArguments, tokenizer: Any, block_size: int) -> GPT2LMHeadModel:
+    """Return a fresh GPT-2 in nanoGPT's choices."""
+    if args.config_name == "gpt2":
+        config = AutoConfig.for_model("gpt2")
+    else:
+        config = AutoConfig.from_pretrained(args.config_name)
+    config.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "vocab_size": len(tokenizer)})
+    config.update({"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id})
+    if args.config_overrides:
+        try:
+            config.update_from_string(args.config_overrides)
+        except ValueError as err:
+            raise common.RecipeError(
+                f"`config_overrides` must be 'name=value,...' of the configuration: {err}."
+            ) from err
+    if block_size > config.n_positions:
+        raise common.RecipeError(
+            f"`block_size` must be at most the model's context of {config.n_positions}, got {block_size}. Pass "
+            f"--block_size {config.n_positions}, or --config_overrides n_positions={block_size}."
+        )
+    model = GPT2LMHeadModel(config)
+    if not args.bias:
+        for name, p in model.named_parameters():
+            if name.endswith(".bias"):
+                p.requires_grad_(False).zero_()
+    return model
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train and evaluate; return what `results.json` holds."""
+    model_args, data_args, args = common.parse_args((ModelArguments, DataArguments, IVONTrainingArguments), argv)
+    common.check_output_dir(args)
+    set_seed(args.seed)
+    train_rows, validation_rows = load_text(data_args)
+    tokenizer = load_tokenizer(model_args, train_rows, data_args.text_column)
+    model = build_model(model_args, tokenizer, data_args.block_size)
+    train = pack(train_rows, tokenizer, data_args.text_column, data_args.block_size)
+    validation = pack(validation_rows, tokenizer, data_args.text_column, data_args.block_size)
+    if data_args.streaming:
+        validation = list(validation.take(data_args.max_eval_blocks))
+    else:
+        for name, blocks in (("training", train), ("validation", validation)):
+            if len(blocks) == 0:
+                raise common.RecipeError(
+                    f"The {name} text gives no block of {data_args.block_size} tokens. Pass a smaller --block_size."
+                )
+        validation = validation.select(range(min(len(validation), data_args.max_eval_blocks)))
+    trainer = IVONTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    results = evaluate(trainer, validation, data_args.eval_num_samples, args)
+    results["history"] = trainer.state.log_history
+    common.write_results(args.output_dir, results)
+    rows = [[results["optimizer"], results["perplexity_mean"], results.get("perplexity_averaged")]]
+    print(common.table(rows, ["optimizer", "perplexity (mean)", f"averaged ({data_args.eval_num_samples} samples)"]))
+    return results
+
+
+def evaluate(trainer: IVONTrainer, validation: Any, num_samples: int, args: IVONTrainingArguments) -> dict[str, Any]:
+    """Return the validation perplexity at the mean, and averaged over the posterior if there is one."""
+    loader = DataLoader(validation, batch_size=args.per_device_eval_batch_size, collate_fn=default_data_collator)
+    at_mean = posterior_perplexity(trainer.model, None, loader, num_samples=0)
+    results = {
+        "optimizer": getattr(args.optim, "value", args.optim),
+        "perplexity_mean": at_mean["perplexity"],
+        "nll_mean": at_mean["nll"],
+        "num_eval_tokens": at_mean["num_tokens"],
+        "num_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "max_steps": trainer.state.max_steps,
+        "seed": args.seed,
+    }
+    if trainer.ivon is not None and num_samples > 0:
+        averaged = posterior_perplexity(
+            trainer.model, trainer.posterior(), loader, num_samples=num_samples, seed=args.seed
+        )
+        results.update({"perplexity_averaged": averaged["perplexity"], "nll_averaged": averaged["nll"]})
+        results["eval_num_samples"] = num_samples
+    return results
+
+
+if __name__ == "__main__":
+    common.main_guard(main)
