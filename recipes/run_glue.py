@@ -1,0 +1,164 @@
+"""Finetune an encoder on a GLUE task with IVON or AdamW; evaluate at the mean and averaged over the posterior.
+
+    python recipes/run_glue.py --task_name mrpc --model_name_or_path roberta-base --output_dir out
+    python recipes/run_glue.py --task_name mrpc --model_name_or_path DIR --output_dir out \
+        --train_file train.jsonl.gz --validation_file validation.jsonl.gz      # local rows with the columns of `glue`
+    python recipes/run_glue.py recipes/settings/roberta_base_ivon.json --task_name mrpc --output_dir out
+
+Beside the task's own metric, the table gives the negative log-likelihood (nats per example) and the expected
+calibration error for classification, and the mean squared error for regression.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    set_seed,
+)
+
+from hf_ivon import IVONTrainer, IVONTrainingArguments, metrics, posterior_predict
+from hf_ivon.predict import Prediction
+
+try:
+    from recipes import common
+    from recipes.glue_tasks import TASKS, Task, task_metrics
+except ImportError:  # run as a script: this directory is on the path
+    import common
+    from glue_tasks import TASKS, Task, task_metrics
+
+
+@dataclass
+class GlueArguments:
+    """The task, its data and the model."""
+
+    task_name: str = field(metadata={"help": f"One of {', '.join(TASKS)}."})
+    model_name_or_path: str = field(default="roberta-base", metadata={"help": "Pretrained model: name or directory."})
+    train_file: str | None = field(default=None, metadata={"help": "Training rows: json, jsonl or csv, also .gz."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Validation rows: json, jsonl or csv, also .gz."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many training rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many validation rows."})
+    max_length: int = field(default=128, metadata={"help": "Tokens at which a text, or pair of texts, is cut."})
+    eval_num_samples: int = field(
+        default=16, metadata={"help": "Weight samples of the posterior-averaged evaluation."}
+    )
+
+
+def load_splits(args: GlueArguments, task: Task) -> tuple[Any, Any]:
+    """Return training and validation rows, checked."""
+    columns = [*task.columns, "label"]
+    if (args.train_file is None) != (args.validation_file is None):
+        raise common.RecipeError("`train_file` and `validation_file` must be given together. Give both, or none.")
+    if args.train_file is not None:
+        train, validation = common.load_rows(args.train_file, columns), common.load_rows(args.validation_file, columns)
+    else:
+        import datasets
+
+        splits = datasets.load_dataset("nyu-mll/glue", args.task_name)
+        name = "validation_matched" if args.task_name == "mnli" else "validation"
+        train, validation = splits["train"], splits[name]
+    if args.max_train_samples is not None:
+        train = train.select(range(min(len(train), args.max_train_samples)))
+    if args.max_eval_samples is not None:
+        validation = validation.select(range(min(len(validation), args.max_eval_samples)))
+    for where, rows in (("training", train), ("validation", validation)):
+        common.check_rows(rows, columns, f"the {where} split")
+        check_labels(rows["label"], task, f"the {where} split", args.task_name)
+    return train, validation
+
+
+def check_labels(labels: Any, task: Task, where: str, name: str) -> None:
+    """Raise a `RecipeError` if a label does not fit the task's head."""
+    values = list(labels)
+    numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and v == v]
+    if len(numbers) < len(values):
+        wrong = next(v for v in values if v not in numbers)
+        raise common.RecipeError(f"Labels of {where} must be numbers, got {wrong!r}. Map them to `glue`'s.")
+    if task.num_labels > 1 and not all(v == int(v) and 0 <= v < task.num_labels for v in values):
+        wrong = next(v for v in values if v != int(v) or not 0 <= v < task.num_labels)
+        raise common.RecipeError(
+            f"Labels of {where} must be 0 to {task.num_labels - 1} for {name}, got {wrong!r}. Check the file; "
+            f"drop rows without a label (-1)."
+        )
+
+
+def evaluate(task_name: str, prediction: Prediction) -> dict[str, float]:
+    """Return the task's metrics, and how good the probabilities are."""
+    labels = prediction.labels
+    if prediction.probabilities is None:
+        values = prediction.prediction_mean
+        error = (values - labels).double().square().mean().item()
+        return {**task_metrics(task_name, values.numpy(), labels.numpy()), "mse": error}
+    probabilities = prediction.probabilities
+    return {
+        **task_metrics(task_name, probabilities.argmax(-1).numpy(), labels.numpy()),
+        "nll": metrics.negative_log_likelihood(probabilities, labels),
+        "ece": metrics.expected_calibration_error(probabilities, labels),
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Finetune and evaluate; return what `results.json` holds."""
+    glue, args = common.parse_args((GlueArguments, IVONTrainingArguments), argv)
+    if glue.task_name not in TASKS:
+        raise common.RecipeError(f"`task_name` must be one of {', '.join(TASKS)}, got {glue.task_name!r}.")
+    task = TASKS[glue.task_name]
+    common.check_output_dir(args)
+    train_rows, validation_rows = load_splits(glue, task)
+    set_seed(args.seed)
+    config = AutoConfig.from_pretrained(glue.model_name_or_path, num_labels=task.num_labels)
+    if task.num_labels == 1:
+        config.problem_type = "regression"
+    tokenizer = AutoTokenizer.from_pretrained(glue.model_name_or_path)
+    model = AutoModelForSequenceClassification.from_pretrained(glue.model_name_or_path, config=config)
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        encoded = tokenizer(*(batch[c] for c in task.columns), truncation=True, max_length=glue.max_length)
+        encoded["labels"] = [float(v) if task.num_labels == 1 else int(v) for v in batch["label"]]
+        return encoded
+
+    train = train_rows.map(encode, batched=True, remove_columns=train_rows.column_names)
+    validation = validation_rows.map(encode, batched=True, remove_columns=validation_rows.column_names)
+    collator = DataCollatorWithPadding(tokenizer)
+    trainer = IVONTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=collator,
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    loader = DataLoader(validation, batch_size=args.per_device_eval_batch_size, collate_fn=collator)
+    results: dict[str, Any] = {
+        "task": glue.task_name,
+        "optimizer": getattr(args.optim, "value", args.optim),
+        "metric": task.metric,
+        "seed": args.seed,
+        "max_steps": trainer.state.max_steps,
+        "train_seconds": next((r["train_runtime"] for r in trainer.state.log_history if "train_runtime" in r), None),
+        "mean": evaluate(glue.task_name, posterior_predict(model, None, loader, num_samples=0)),
+    }
+    if trainer.ivon is not None and glue.eval_num_samples > 0:
+        averaged = posterior_predict(
+            model, trainer.posterior(), loader, num_samples=glue.eval_num_samples, seed=args.seed
+        )
+        results["averaged"] = evaluate(glue.task_name, averaged)
+        results["eval_num_samples"] = glue.eval_num_samples
+    results["history"] = trainer.state.log_history
+    common.write_results(args.output_dir, results)
+    averaged_results = results.get("averaged", {})
+    rows = [[name, value, averaged_results.get(name)] for name, value in results["mean"].items()]
+    print(common.table(rows, [f"{glue.task_name}, {results['optimizer']}", "mean", "averaged"]))
+    return results
+
+
+if __name__ == "__main__":
+    common.main_guard(main)
