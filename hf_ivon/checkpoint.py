@@ -115,11 +115,8 @@ def load_posterior(directory: str | os.PathLike[str], model: nn.Module | None = 
     variance = _read_tensors(directory, config, problems)
     if config is not None and variance and not problems:
         by_name = [k for k in ("ess", "weight_decay", "hess_init") if isinstance(config[k], dict)]
-        problems += [
-            f"`{k}` in {CONFIG_NAME} is not given for every tensor"
-            for k in by_name
-            if config[k].keys() < variance.keys()
-        ]
+        missing = [k for k in by_name if not variance.keys() <= config[k].keys()]
+        problems += [f"`{k}` in {CONFIG_NAME} is not given for every tensor" for k in missing]
         try:
             mean = _mean(directory, variance, model)
             if mean is not None:

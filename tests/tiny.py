@@ -1,0 +1,61 @@
+"""Tiny models and data sets, built from configurations: nothing is downloaded."""
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from hf_ivon import IVONTrainingArguments
+
+VOCABULARY = 29
+LENGTH = 8
+
+
+def gpt2(dropout=0.0, seed=1, **config):
+    """A causal language model with tied embeddings, 2 layers, about 8,000 weights."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, bos_token_id=0, eos_token_id=0, **config))
+    model.loss_type = "ForCausalLM"  # GPT-2 names none; then the Trainer's divisor counts labels at position 0 too
+    return model
+
+
+def bert(num_labels=3, seed=1, **config):
+    """A sentence classifier, or a regressor with one label."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {"intermediate_size": 32, "max_position_embeddings": LENGTH, "num_labels": num_labels}
+    return BertForSequenceClassification(BertConfig(**sizes, **more, **config))
+
+
+def text(num=24, ragged=False, seed=2):
+    """Blocks of tokens with labels; ragged ones have labels on 2 to 8 tokens only."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(1, VOCABULARY, (num, LENGTH), generator=generator)
+    labelled = torch.randint(2, LENGTH + 1, (num, 1), generator=generator) if ragged else LENGTH
+    labels = torch.where(torch.arange(LENGTH) < labelled, rows, -100)
+    return [{"input_ids": r, "labels": t} for r, t in zip(rows, labels, strict=True)]
+
+
+def sentences(num=24, num_labels=3, seed=2):
+    """Sentences with a class each, or a number if there is one label."""
+    rows = torch.randint(1, VOCABULARY, (num, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": r, "labels": int(r[0]) % num_labels if num_labels > 1 else float(r[0]) / 10} for r in rows]
+
+
+def arguments(directory, **settings):
+    """Training arguments on the CPU: 4 steps of 4 examples, large enough to move the Hessian, logging every step."""
+    defaults = {
+        "output_dir": str(directory),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    if settings.get("optim", "ivon") == "ivon":
+        defaults |= {"ivon_ess": 1e4, "ivon_hess_init": 0.1, "ivon_beta2": 0.9, "weight_decay": 1e-3}
+    return IVONTrainingArguments(**{**defaults, **settings})
