@@ -44,6 +44,9 @@ class GlueArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many training rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many validation rows."})
+    new_head: bool = field(
+        default=False, metadata={"help": "Replace a classification head that the model has, if its size does not fit."}
+    )
     max_length: int = field(default=128, metadata={"help": "Tokens at which a text, or pair of texts, is cut."})
     eval_num_samples: int = field(
         default=16, metadata={"help": "Weight samples of the posterior-averaged evaluation."}
@@ -88,6 +91,22 @@ def check_labels(labels: Any, task: Task, where: str, name: str) -> None:
         )
 
 
+def load_model(args: GlueArguments, task: Task) -> Any:
+    """Return the pretrained model with a head for the task; one of another size is an error, or replaced if asked."""
+    config = AutoConfig.from_pretrained(args.model_name_or_path)
+    has_head = any("ForSequenceClassification" in name for name in config.architectures or [])
+    if has_head and config.num_labels != task.num_labels and not args.new_head:
+        raise common.RecipeError(
+            f"The head of {args.model_name_or_path!r} has {config.num_labels} outputs, and {args.task_name} needs "
+            f"{task.num_labels}. Pass --new_head true to train a new one, or another model."
+        )
+    config.num_labels = task.num_labels
+    config.problem_type = "regression" if task.num_labels == 1 else "single_label_classification"
+    return AutoModelForSequenceClassification.from_pretrained(
+        args.model_name_or_path, config=config, ignore_mismatched_sizes=args.new_head
+    )
+
+
 def evaluate(task_name: str, prediction: Prediction) -> dict[str, float]:
     """Return the task's metrics, and how good the probabilities are."""
     labels = prediction.labels
@@ -112,11 +131,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     common.check_output_dir(args)
     train_rows, validation_rows = load_splits(glue, task)
     set_seed(args.seed)
-    config = AutoConfig.from_pretrained(glue.model_name_or_path, num_labels=task.num_labels)
-    if task.num_labels == 1:
-        config.problem_type = "regression"
     tokenizer = AutoTokenizer.from_pretrained(glue.model_name_or_path)
-    model = AutoModelForSequenceClassification.from_pretrained(glue.model_name_or_path, config=config)
+    model = load_model(glue, task)
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         encoded = tokenizer(*(batch[c] for c in task.columns), truncation=True, max_length=glue.max_length)

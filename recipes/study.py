@@ -79,7 +79,7 @@ def main() -> None:
         for name, _ in arguments.setting:
             files = [arguments.output_dir / f"{row}-{name}-{seed}" / "results.json" for seed in arguments.seeds]
             found = [numbers(json.loads(f.read_text(encoding="utf-8"))) for f in files if f.is_file()]
-            columns += [key for one in found for key in one if key not in columns]
+            columns += [key for key in dict.fromkeys(k for one in found for k in one) if key not in columns]
             rows.append((varied, name, found))
     body = [
         [f"{varied} {name}".strip(), len(found), *(median([o[c] for o in found if c in o]) for c in columns)]
