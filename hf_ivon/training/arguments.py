@@ -42,8 +42,8 @@ class IVONTrainingArguments(TrainingArguments):
     Defaults that differ from Transformers, because IVON's step is a Newton step: `optim` is ``"ivon"``;
     `learning_rate` and `weight_decay` are 0.1 and 1e-5 for IVON (the paper's App. C.4), and 5e-5 and 0.0, as ever, for
     other optimizers; a copy made by `dataclasses.replace` keeps the values, so give them again with another `optim`.
-    `weight_decay` is the prior precision per example. `max_grad_norm` clips the gradient that moves the mean, never the
-    gradients that the Hessian is learnt from.
+    `weight_decay` is the prior precision per example. `max_grad_norm` clips the gradient that moves the mean, never
+    the gradients that the Hessian is learnt from.
     """
 
     optim: str = field(
@@ -123,11 +123,13 @@ class IVONTrainingArguments(TrainingArguments):
             self.ivon_options()
             check_supported(self)
         elif flags := _flags(self):
-            logger.warning("%s have no effect with optim=%r; they are for optim='ivon'.", ", ".join(flags), self.optim)
+            names = ", ".join(f"ivon_{key}" for key in flags)
+            optim = self.optim.value  # an OptimizerNames, after the base class
+            logger.warning("No effect with optim=%r: %s. Leave them out, or pass optim='ivon'.", optim, names)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as plain `TrainingArguments`, so that `training_args.bin` opens where hf_ivon is not installed."""
-        construct, (_, *arguments), *rest = super().__reduce_ex__(protocol)
+        construct, (_, *arguments), *rest = super().__reduce__()
         return construct, (TrainingArguments, *arguments), *rest
 
     def __copy__(self) -> IVONTrainingArguments:
@@ -147,8 +149,8 @@ class IVONTrainingArguments(TrainingArguments):
         weight_decay: float | None = None,
         beta1: float | None = None,
         beta2: float | None = None,
+        epsilon: float | None = None,
         args: str | None = None,
-        **kwargs: Any,
     ) -> IVONTrainingArguments:
         """Set all that is linked to the optimizer, as `TrainingArguments.set_optimizer` does.
 
@@ -158,23 +160,22 @@ class IVONTrainingArguments(TrainingArguments):
             weight_decay: Prior precision per example, for other optimizers weight decay; None is the default.
             beta1: Decay of the gradient average; None is the optimizer's default.
             beta2: Decay of the Hessian average, for other optimizers of the second moment; None is the default.
+            epsilon: For other optimizers only; None is the default.
             args: `optim_args`.
-            kwargs: Passed on, for other optimizers only.
 
         Returns:
             These arguments.
 
         Raises:
-            ValueError: If a value is out of range, or `kwargs` are given for IVON.
+            ValueError: If a value is out of range, or `epsilon` is given for IVON.
         """
-        is_ivon = name == "ivon"
-        betas = {"beta1": beta1, "beta2": beta2}
-        given = {key: value for key, value in {"learning_rate": learning_rate, **betas}.items() if value is not None}
-        if not is_ivon:
-            super().set_optimizer(name, weight_decay=weight_decay or 0.0, args=args, **given, **kwargs)
+        if name != "ivon":
+            given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "args": args}
+            given |= {"beta1": beta1, "beta2": beta2, "epsilon": epsilon}
+            super().set_optimizer(name, **{key: value for key, value in given.items() if value is not None})
             return self
-        if kwargs:
-            raise ValueError(f"`set_optimizer` must get options of IVON, got {sorted(kwargs)}. Use `args` for more.")
+        if epsilon is not None:
+            raise ValueError(f"`epsilon` must be left out for optim='ivon', got {epsilon!r}. IVON has none.")
         self.optim, self.optim_args = "ivon", args
         self.learning_rate = _resolve("learning_rate", learning_rate, 0.1)
         self.weight_decay = _resolve("weight_decay", weight_decay, 1e-5)
@@ -234,7 +235,7 @@ def check_supported(args: TrainingArguments) -> None:
         "DeepSpeed (it steps inside the backward pass)": (args.deepspeed_plugin is not None, "Leave out --deepspeed"),
         "FSDP": (bool(args.fsdp), "Train on one device, without --fsdp"),
         "several processes": (args.world_size > 1, "Train in one, with --gradient_accumulation_steps"),
-        "fp16": (args.mixed_precision == "fp16", "Use --bf16"),
+        "fp16": (args.fp16 or args.mixed_precision == "fp16", "Use --bf16"),
     }
     for what, (asked, remedy) in refused.items():
         if asked:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_ivon.posterior import unwrap
@@ -55,12 +56,14 @@ def training_size(trainer: Trainer) -> TrainingSize | None:
         trainer: A Trainer with its model, collator and training set.
 
     Returns:
-        The size; None if the dataset has no length.
+        The size; None if the dataset has no length, or its examples cannot be picked by index.
     """
     dataset = trainer.train_dataset
     try:
         num_examples = len(dataset)
     except TypeError:
+        return None
+    if isinstance(dataset, IterableDataset):
         return None
     if num_examples == 0:
         return TrainingSize(0, None, False)
@@ -71,7 +74,7 @@ def training_size(trainer: Trainer) -> TrainingSize | None:
         for labels in _label_batches(trainer, dataset, indices):
             if labels is None or labels.dim() < 2 or labels.is_floating_point():
                 return TrainingSize(num_examples, None, False)
-            labels = labels[:, 1:] if _predicts_next_token(trainer.model) else labels
+            labels = labels[:, 1:] if _is_shifted(trainer) else labels
             counts += (labels != -100).flatten(1).sum(1).tolist()
     # Packed blocks all hold the same number of tokens: then nothing is extrapolated.
     exact = picked == num_examples or len(set(counts)) == 1
@@ -112,11 +115,14 @@ def _label_batches(trainer: Trainer, dataset: Any, indices: list[int]) -> Iterat
         yield labels if isinstance(labels, torch.Tensor) else None
 
 
-def _predicts_next_token(model: torch.nn.Module) -> bool:
-    """Tell whether the first label of a sequence is never predicted."""
-    model = unwrap(model)
+def _is_shifted(trainer: Trainer) -> bool:
+    """Tell whether the model predicts each label from those before it, so that a sequence's first is not predicted."""
+    model = unwrap(trainer.model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(model).__name__ in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    by_class = any(cls.__name__ in causal for cls in type(model).__mro__)
+    # The Trainer looks at the loss function, which not every model names; models of images and text name it.
+    return by_class or getattr(trainer, "_loss_shifts_labels", False)
 
 
 @contextmanager

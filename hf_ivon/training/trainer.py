@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -15,9 +16,14 @@ from transformers.trainer_utils import HubStrategy
 from hf_ivon.checkpoint import load_posterior, posterior_files, save_posterior
 from hf_ivon.optim import IVON
 from hf_ivon.posterior import Posterior, posterior_keys
+from hf_ivon.training.arguments import IVONTrainingArguments, check_supported
 from hf_ivon.training.ess import TrainingSize, resolve_ess, training_size
 
+logger = logging.getLogger(__name__)
+
 _CARD_TAGS = ("ivon", "posterior")
+# Largest movement of a weight in one step below which training all but stands still; AdamW's is its learning rate.
+_SMALL_STEP = 1e-6
 
 
 def unwrap_ivon(optimizer: Any) -> IVON | None:
@@ -42,6 +48,7 @@ class IVONTrainerMixin:
 
     _size: TrainingSize | None = None
     _restored: tuple[int, Posterior] | None = None
+    _loss_checked = False
 
     @property
     def ivon(self) -> IVON | None:
@@ -51,7 +58,8 @@ class IVONTrainerMixin:
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create IVON if the arguments ask for it, over all trainable parameters; otherwise as the base class does.
 
-        Relies on the base class calling this before `accelerator.prepare`, with `self.optimizer` None at first.
+        Relies on the base class calling this before `accelerator.prepare` and before any training, and on an optimizer
+        that was given or made earlier standing in `self.optimizer` then.
 
         Args:
             model: The model to optimize; None is the Trainer's.
@@ -62,17 +70,41 @@ class IVONTrainerMixin:
         Raises:
             ValueError: If IVON does not support what the arguments ask for, or `ess` cannot be resolved.
         """
-        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or self.args.optim != "ivon":
-            return super().create_optimizer(model)
-        _refuse_unsupported(self.args)
-        model = self.model if model is None else model
-        options = self.args.ivon_options()
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == "ivon":
+            check_supported(self.args)
+            self.optimizer = self._create_ivon(self.model if model is None else model)
+            return self.optimizer
+        super().create_optimizer(model)
+        if self.ivon is not None:
+            check_supported(self.args)
+            self._size = self._size or training_size(self)
+        elif not isinstance(self.args, IVONTrainingArguments):
+            logger.warning(
+                "%s trains with %r and without a posterior, because `args` is a %s. Pass IVONTrainingArguments to "
+                "train with IVON; with them, `optim` may name any optimizer.",
+                type(self).__name__,
+                str(getattr(self.args.optim, "value", self.args.optim)),
+                type(self.args).__name__,
+            )
+        return self.optimizer
+
+    def _create_ivon(self, model: nn.Module) -> IVON:
+        # Called by its class: arguments read from `training_args.bin` are plain TrainingArguments.
+        options = IVONTrainingArguments.ivon_options(self.args)
+        lr = self.args.learning_rate
+        if 0 < lr * options["clip_radius"] < _SMALL_STEP:
+            logger.warning(
+                "With learning_rate=%g and clip_radius=%g no weight moves by more than %.1g in a step, which is "
+                "hardly training. Learning rates of AdamW are too small for IVON: 0.1 is usual in finetuning.",
+                lr,
+                options["clip_radius"],
+                lr * options["clip_radius"],
+            )
         self._size = training_size(self)
         if options["ess"] == "auto":
             options["ess"] = resolve_ess(self, self._size)
         groups = self._parameter_groups(model, prior_on=options.pop("prior_on"))
-        self.optimizer = IVON(groups, lr=self.args.learning_rate, **options)
-        return self.optimizer
+        return IVON(groups, lr=lr, **options)
 
     def _parameter_groups(self, model: nn.Module, prior_on: str) -> list[dict[str, Any]]:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -90,7 +122,8 @@ class IVONTrainerMixin:
     ) -> torch.Tensor:
         """Run the base class's step, forward and backward, at `mc_samples` weight samples.
 
-        Relies on the base class scaling the loss of each micro-batch so that gradients add up.
+        Relies on the base class scaling the loss of each micro-batch so that gradients add up, which is made sure of
+        first (`_check_loss_scale`).
 
         Args:
             model: The model.
@@ -103,12 +136,40 @@ class IVONTrainerMixin:
         ivon = self.ivon
         if ivon is None or ivon.is_sampled:
             return super().training_step(model, inputs, num_items_in_batch)
+        self._check_loss_scale(model, inputs, num_items_in_batch)
         samples = ivon.param_groups[0]["mc_samples"]
         losses = []
         for _ in range(samples):
             with ivon.sampled_params(train=True, weight=1.0 / samples):
                 losses.append(super().training_step(model, inputs, num_items_in_batch))
         return losses[0] if samples == 1 else torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def _check_loss_scale(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+    ) -> None:
+        """Find out once whether the loss obeys `num_items_in_batch`; if not, let the base class divide it.
+
+        The base class believes so of every model that takes keyword arguments, but many heads drop them, and their
+        accumulated loss is then too large by the number of micro-batches (huggingface/transformers#47688). AdamW
+        forgives a constant factor on the gradient; a Hessian does not.
+        """
+        decided = getattr(self, "loss_is_scaled_for_ga", None) is not None or self.compute_loss_func is not None
+        believed = self.model_accepts_loss_kwargs and not decided
+        if self._loss_checked or not believed or num_items is None or self.args.gradient_accumulation_steps == 1:
+            return
+        model.eval()  # the base class turns training mode on again
+        with self.compute_loss_context_manager():
+            once, twice = (
+                self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items * factor)
+                for factor in (1, 2)
+            )
+        if once == 0:  # no label in this batch: ask the next one
+            return
+        self._loss_checked = True
+        if torch.equal(once, twice):
+            self.model_accepts_loss_kwargs = False
+            logger.info("%s ignores `num_items_in_batch`; losses of micro-batches are averaged.", type(model).__name__)
 
     def posterior(self) -> Posterior:
         """Return the posterior at this moment.
@@ -149,18 +210,22 @@ class IVONTrainerMixin:
         super().save_model(output_dir, _internal_call)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Bring the posterior along: the base class copies a fixed list of files into what it uploads."""
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        pushes = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not busy)
-        if self.ivon is not None and self.is_world_process_zero() and pushes:
-            _replace_posterior(Path(checkpoint_folder), Path(self.args.output_dir))
+        """Bring the posterior along: the base class copies a fixed list of files into the directory it uploads.
+
+        Relies on the base class pushing under the conditions that stand here; without a push nothing is copied, so
+        that the posterior never stands beside another mean.
+        """
+        if self.ivon is not None and self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+            if self.args.hub_always_push or not busy:
+                _replace_posterior(Path(checkpoint_folder), Path(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_best_model(self) -> None:
         """Restore the Hessian that belongs to the best mean; the base class loads the mean alone."""
         super()._load_best_model()
         ivon, best = self.ivon, self.state.best_model_checkpoint
-        if ivon is None or best is None or not posterior_files(best):
+        if ivon is None or not os.path.isdir(best):
             return
         posterior = load_posterior(best, self.model)
         with torch.no_grad():
@@ -183,35 +248,31 @@ class IVONTrainerMixin:
             logs.update({f"ivon_{name}": value for name, value in self.ivon.statistics().items()})
         super().log(logs, *args, **kwargs)
 
-    def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """Write the card as the base class does, with tags that say that a posterior is there.
 
         Args:
-            args: Passed on.
+            language: Passed on.
+            license: Passed on.
             tags: Tags of the model.
+            args: Passed on.
             kwargs: Passed on.
         """
         if self.ivon is not None:
             tags = [tags] if isinstance(tags, str) else list(tags or [])
             tags += [tag for tag in _CARD_TAGS if tag not in tags]
-        super().create_model_card(*args, tags=tags, **kwargs)
+        super().create_model_card(language, license, tags, *args, **kwargs)
 
 
 class IVONTrainer(IVONTrainerMixin, Trainer):
     """Transformers' Trainer with IVON; takes `IVONTrainingArguments`."""
-
-
-def _refuse_unsupported(args: Any) -> None:
-    """Raise for what IVON cannot do right yet, before anything is trained."""
-    alternatives = {
-        "DeepSpeed (it steps inside the backward pass)": (args.deepspeed is not None, "Train without --deepspeed"),
-        "FSDP": (bool(args.fsdp), "Train on one device"),
-        "several processes": (args.world_size > 1, "Train in one process, with --gradient_accumulation_steps"),
-        "fp16": (args.fp16, "Use --bf16"),
-    }
-    for what, (asked, remedy) in alternatives.items():
-        if asked:
-            raise ValueError(f"optim='ivon' does not support {what}. {remedy}, or another optimizer.")
 
 
 def _replace_posterior(source: Path, target: Path) -> None:

@@ -1,0 +1,212 @@
+"""IVONTrainingArguments: flags, files, `optim_args`, code, copies and pickles."""
+
+import copy
+import dataclasses
+import json
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_ivon import IVONTrainingArguments
+from hf_ivon.training.arguments import check_supported
+
+CPU = ["--output_dir", "out", "--use_cpu", "--report_to", "none"]
+
+
+def parse(*flags):
+    return HfArgumentParser((IVONTrainingArguments,)).parse_args_into_dataclasses([*CPU, *flags])[0]
+
+
+def make(**settings):
+    return IVONTrainingArguments(**{"output_dir": "out", "use_cpu": True, "report_to": [], **settings})
+
+
+def test_ivon_is_a_name_on_the_command_line():
+    """`--optim ivon` would be refused, or its flags not reach the optimizer."""
+    flags = "--optim ivon --learning_rate 0.2 --ivon_ess 1e7 --ivon_hess_init 1e-3 --ivon_clip_radius inf"
+    args = parse(*flags.split(), "--ivon_rescale_lr", "false", "--ivon_mc_samples", "2", "--ivon_prior_mean", "init")
+    options = args.ivon_options()
+    assert args.optim == "ivon"
+    assert args.learning_rate == 0.2
+    assert options["ess"] == 1e7
+    assert options["hess_init"] == 1e-3
+    assert options["clip_radius"] == float("inf")
+    assert options["rescale_lr"] is False
+    assert options["mc_samples"] == 2
+    assert options["prior_mean"] == "init"
+
+
+def test_defaults_are_the_papers_finetuning_setting():
+    """Someone who only adds `--optim ivon` would train with something else than the documented defaults."""
+    args = parse()
+    assert (args.optim, args.learning_rate, args.weight_decay) == ("ivon", 0.1, 1e-5)
+    expected = {"ess": "auto", "hess_init": 1.0, "beta1": 0.9, "beta2": 0.99999, "clip_radius": 1e-3, "mc_samples": 1}
+    expected |= {"rescale_lr": True, "debias": True, "hess_approx": "price", "prior_mean": "zero", "prior_on": "all"}
+    assert args.ivon_options() == {**expected, "seed": args.seed}
+
+
+def test_another_optimizer_has_its_usual_defaults():
+    """The AdamW baseline would run with IVON's learning rate, or not at all."""
+    args = parse("--optim", "adamw_torch")
+    plain = TrainingArguments("out", optim="adamw_torch", use_cpu=True, report_to=[])
+    assert (args.optim, args.learning_rate, args.weight_decay) == (plain.optim, 5e-5, 0.0)
+    assert type(args.optim) is type(plain.optim)
+    with pytest.raises(ValueError, match="adamw_torhc"):
+        make(optim="adamw_torhc")
+
+
+@pytest.mark.parametrize("form", ["json", "yaml"])
+def test_settings_from_a_file(tmp_path, form):
+    """A recipe's settings file would be misread; YAML takes `1e-3` for a string."""
+    text = {
+        "json": json.dumps({"output_dir": "out", "use_cpu": True, "learning_rate": 0.2, "ivon_ess": 1e7,
+                            "ivon_hess_init": "1e-3", "ivon_debias": False}),
+        "yaml": "output_dir: out\nuse_cpu: true\nlearning_rate: 2e-1\nivon_ess: 1e7\nivon_hess_init: 1e-3\n"
+                "ivon_debias: false\n",
+    }[form]  # fmt: skip
+    path = tmp_path / f"settings.{form}"
+    path.write_text(text)
+    parser = HfArgumentParser((IVONTrainingArguments,))
+    (args,) = parser.parse_json_file(path) if form == "json" else parser.parse_yaml_file(path)
+    options = args.ivon_options()
+    assert (args.learning_rate, options["ess"], options["hess_init"], options["debias"]) == (0.2, 1e7, 1e-3, False)
+
+
+def test_optim_args_fill_the_same_options():
+    """`--optim_args` and the flags would be two configurations, not one."""
+    written = "ess=1e7, hess_init=1e-3,mc_samples=2,debias=false,prior_on=decay,seed=7,clip_radius=inf"
+    args = parse("--optim_args", written, "--ivon_beta1", "0.8", "--ivon_ess", "10000000")
+    options = args.ivon_options()
+    expected = {"ess": 1e7, "hess_init": 1e-3, "mc_samples": 2, "debias": False, "prior_on": "decay", "seed": 7}
+    assert {**expected, "beta1": 0.8, "clip_radius": float("inf")}.items() <= options.items()
+    assert isinstance(options["mc_samples"], int)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim_args": "ess=1e7,hess=1"}, r"`optim_args`.*keys beta1, beta2, clip_radius.*ess.*got 'hess=1'"),
+        ({"optim_args": "lr=0.1"}, r"keys .*got 'lr=0.1'.*`learning_rate` and `weight_decay`"),
+        ({"optim_args": "ess"}, r"key=value,.*got 'ess'"),
+        ({"optim_args": "ess=1,ess=2"}, r"each option once, got ess twice"),
+        ({"optim_args": "ess=1e7", "ivon_ess": "1e8"}, r"`ivon_ess` must agree.*100000000.*ess=10000000.*once"),
+        ({"optim_args": "debias=maybe"}, r"`debias` must be true or false, got 'maybe'"),
+        ({"optim_args": "beta1=x"}, r"`beta1` must be a number, got 'x'"),
+        ({"optim_args": "beta2=1"}, r"`beta2` must be in \[0, 1\), got 1"),
+        ({"ivon_ess": "-5"}, r"`ivon_ess` must be a positive number, got -5.0\. Pass the number of training"),
+        ({"ivon_ess": "0"}, r"`ivon_ess` must be a positive number"),
+        ({"ivon_hess_init": 0.0}, r"`ivon_hess_init` must be a positive number"),
+        ({"ivon_mc_samples": 0}, r"`ivon_mc_samples` must be an integer of at least 1"),
+        ({"ivon_clip_radius": 0.0}, r"`ivon_clip_radius` must be a positive number or inf"),
+        ({"ivon_hess_approx": "fisher"}, r"`ivon_hess_approx` must be 'gradsq' or 'price'"),
+        ({"ivon_prior_mean": "given"}, r"`ivon_prior_mean` must be 'zero' or 'init'"),
+        ({"ivon_prior_on": "none"}, r"`ivon_prior_on` must be one of all, decay"),
+        ({"ivon_seed": -1}, r"`ivon_seed` must be an integer"),
+        ({"learning_rate": -1.0}, r"`learning_rate` must be a number of at least 0"),
+        ({"learning_rate": "fast"}, r"`learning_rate` must be a number, got 'fast'"),
+        ({"weight_decay": -1e-5}, r"`weight_decay` must be a number of at least 0"),
+        ({"fp16": True}, r"does not support fp16 yet\. Use --bf16"),
+        ({"fsdp": "full_shard"}, r"does not support FSDP yet\. Train on one device"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused_by_name(settings, message):
+    """A typo or a contradiction would go unnoticed until hours of training are done, or its message would not help."""
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"deepspeed_plugin": object()}, "DeepSpeed"), ({"world_size": 2}, "several processes.*gradient_accumulation")],
+)
+def test_unsupported_backends_are_refused(given, message):
+    """A combination that computes something wrong would train to the end."""
+    fine = {"deepspeed_plugin": None, "fsdp": None, "world_size": 1, "fp16": False, "mixed_precision": "bf16"}
+    check_supported(SimpleNamespace(**fine))
+    with pytest.raises(ValueError, match=message):
+        check_supported(SimpleNamespace(**{**fine, **given}))
+
+
+def test_help_describes_every_option(capsys):
+    """`--help` would fail (a bare percent sign breaks argparse), or an option would have no description."""
+    with pytest.raises(SystemExit):
+        parse("--help")
+    printed = capsys.readouterr().out
+    own = set(IVONTrainingArguments.__annotations__)
+    assert own >= {f"ivon_{name}" for name in ("ess", "beta1", "prior_on")}
+    for field in dataclasses.fields(IVONTrainingArguments):
+        if field.name in own:
+            assert field.metadata["help"]
+            assert f"--{field.name}" in printed
+
+
+def test_dictionary_round_trip():
+    """Arguments written to JSON would read back as others."""
+    args = make(ivon_ess="1e7", ivon_clip_radius=float("inf"), optim_args="hess_init=0.5")
+    again = IVONTrainingArguments(**json.loads(args.to_json_string()))
+    assert again.to_dict() == args.to_dict()
+    assert again.ivon_options() == args.ivon_options()
+    assert args.to_dict()["optim"] == "ivon"
+
+
+def test_replace_changes_one_field():
+    """`dataclasses.replace`, as sweeps use it, would fail on the name or lose options."""
+    args = dataclasses.replace(make(ivon_ess=5.0), ivon_beta1=0.5)
+    assert (args.optim, args.ivon_options()["ess"], args.ivon_options()["beta1"]) == ("ivon", 5.0, 0.5)
+    assert dataclasses.replace(args, optim="sgd", ivon_ess=None, ivon_beta1=None).optim == "sgd"
+
+
+def test_set_optimizer():
+    """The fluent setter would refuse the name, or leave AdamW's learning rate behind."""
+    args = make(optim="adamw_torch").set_optimizer("ivon", beta1=0.8, args="ess=9")
+    assert (args.optim, args.learning_rate, args.weight_decay) == ("ivon", 0.1, 1e-5)
+    assert args.ivon_options()["beta1"] == 0.8
+    assert args.ivon_options()["ess"] == 9
+    args.set_optimizer("adamw_torch", learning_rate=1e-4, beta2=0.95, epsilon=1e-6)
+    assert (args.optim, args.learning_rate, args.weight_decay) == ("adamw_torch", 1e-4, 0.0)
+    assert (args.adam_beta2, args.adam_epsilon) == (0.95, 1e-6)
+    with pytest.raises(ValueError, match="`epsilon` must be left out"):
+        args.set_optimizer("ivon", epsilon=1e-8)
+    with pytest.raises(ValueError, match="`ivon_beta1` must be in"):
+        args.set_optimizer("ivon", beta1=1.5)
+
+
+def test_options_without_effect_are_named(caplog):
+    """Options of IVON beside another optimizer would silently do nothing."""
+    make(optim="sgd", ivon_ess=5.0, ivon_seed=3)
+    assert "No effect with optim='sgd': ivon_ess, ivon_seed" in caplog.text
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy])
+def test_copies_keep_their_class(copier):
+    """A sweep that copies its arguments would lose IVON's options."""
+    args = make(ivon_ess=5.0)
+    other = copier(args)
+    assert type(other) is IVONTrainingArguments
+    assert other == args
+    other.ivon_ess = 6.0
+    assert args.ivon_ess == 5.0
+
+
+def test_pickle_opens_without_the_package(tmp_path):
+    """`training_args.bin` stands in every checkpoint; who downloads one may not have hf_ivon."""
+    args = make(ivon_ess=5.0)
+    torch.save(args, tmp_path / "training_args.bin")
+    script = (
+        "import sys; sys.modules['hf_ivon'] = None\n"
+        "import torch\n"
+        "args = torch.load(sys.argv[1], weights_only=False)\n"
+        "print(type(args).__name__, args.optim, args.ivon_ess, args.to_dict()['optim'])\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "training_args.bin")], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["TrainingArguments", "ivon", "5.0", "ivon"]
+    again = pickle.loads(pickle.dumps(args))
+    assert IVONTrainingArguments.ivon_options(again) == args.ivon_options()
