@@ -7,6 +7,7 @@ files and renamed; everything is checked on reading; no pickle is read.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,10 +22,13 @@ from torch import Tensor, nn
 from hf_ivon.posterior import Posterior, match_problems, mean_digest, posterior_keys
 from hf_ivon.posterior_config import PosteriorConfig, config_problems
 
+logger = logging.getLogger(__name__)
+
 POSTERIOR_NAME = "posterior.safetensors"
 POSTERIOR_INDEX_NAME = "posterior.safetensors.index.json"
 CONFIG_NAME = "posterior_config.json"
-_MEAN_PATTERNS = ("adapter_model.safetensors", "model.safetensors", "model-*-of-*.safetensors")
+_MEAN_NAMES = ("adapter_model.safetensors", "model.safetensors")
+_MEAN_INDEX_NAME = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".state")
 _PATTERN = "posterior{suffix}.safetensors"
 
@@ -62,16 +66,18 @@ def save_posterior(
         The files written.
 
     Raises:
-        ValueError: If a variance is not positive or not finite; nothing is written then.
+        ValueError: If there is no variance, or one is not positive or not finite; nothing is written then.
     """
-    problems = [p for name in posterior.names() for p in _content_problems(name, posterior.variance[name])]
+    tensors = {name: posterior.variance[name].detach().float().contiguous().cpu() for name in posterior.names()}
+    problems = [problem for name, tensor in tensors.items() for problem in _content_problems(name, tensor)]
+    if not tensors:
+        problems.append("it holds no tensor")
     if problems:
         raise ValueError(
             f"The posterior must have positive, finite variances, but {'; '.join(problems)}. Check training."
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: posterior.variance[name].detach().float().contiguous().cpu() for name in posterior.names()}
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=_PATTERN, max_shard_size=max_shard_size)
     # Every file says which mean it belongs to: after a crash between two renames, a mixed set is recognized.
     metadata = {"format": "pt", "mean_digest": posterior.config.mean_digest}
@@ -113,16 +119,14 @@ def load_posterior(directory: str | os.PathLike[str], model: nn.Module | None = 
     problems: list[str] = []
     config = _read_config(directory, problems)
     variance = _read_tensors(directory, config, problems)
-    if config is not None and variance and not problems:
+    # The digest is over all tensors: with a file missing it would only repeat that in worse words.
+    digest = None if config is None or problems else config["mean_digest"]
+    problems += [p for name, tensor in variance.items() for p in _content_problems(name, tensor)]
+    if config is not None and variance:
         by_name = [k for k in ("ess", "weight_decay", "hess_init") if isinstance(config[k], dict)]
         missing = [k for k in by_name if not variance.keys() <= config[k].keys()]
         problems += [f"`{k}` in {CONFIG_NAME} is not given for every tensor" for k in missing]
-        try:
-            mean = _mean(directory, variance, model)
-            if mean is not None:
-                problems += match_problems(variance, mean) or _digest_problems(config["mean_digest"], variance, mean)
-        except (SafetensorError, OSError) as err:
-            problems.append(f"the mean beside it cannot be read ({err})")
+    problems += _mean_problems(directory, variance, digest, model)
     if problems or config is None:
         raise PosteriorFormatError(
             f"The posterior in {str(directory)!r} cannot be used: {'; '.join(problems)}. "
@@ -166,16 +170,18 @@ def _read_tensors(directory: Path, config: Mapping[str, Any] | None, problems: l
     if (directory / POSTERIOR_INDEX_NAME).exists():
         index = _read_json(directory / POSTERIOR_INDEX_NAME, problems) or {}
         weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(_is_file_name(f) for f in weight_map.values()):
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(_is_file_name(f) for f in weight_map.values())
+        ):
             problems.append(f"{POSTERIOR_INDEX_NAME} has no valid `weight_map`")
             return {}
         files = {f: {k for k, g in weight_map.items() if g == f} for f in sorted(set(weight_map.values()))}
     variance: dict[str, Tensor] = {}
     for file, expected in files.items():
         if not (directory / file).is_file():
-            pickles = [
-                p.name for p in directory.glob("posterior*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".state")
-            ]
+            pickles = sorted(p.name for p in directory.glob("posterior*") if p.suffix in _PICKLE_SUFFIXES)
             hint = f" ({', '.join(pickles)} is a pickle, which is never read)" if pickles else ""
             problems.append(f"{file} is missing{hint}")
             continue
@@ -204,9 +210,7 @@ def _read_file(
         if not names:
             problems.append(f"{path.name} holds no tensor")
         for name in sorted(names):
-            tensor = file.get_tensor(name)
-            problems += _content_problems(name, tensor)
-            yield name, tensor
+            yield name, file.get_tensor(name)
 
 
 def _content_problems(name: str, tensor: Tensor) -> list[str]:
@@ -236,22 +240,51 @@ class _FileTensors(Mapping[str, Tensor]):
         return len(self._file_of)
 
 
-def _mean(directory: Path, variance: Mapping[str, Tensor], model: nn.Module | None) -> Mapping[str, Tensor] | None:
-    """Return the mean that the posterior claims to belong to, if it is at hand."""
-    if model is not None:
-        return posterior_keys(model)
-    for pattern in _MEAN_PATTERNS:
-        paths = sorted(directory.glob(pattern))
-        if paths:
-            tensors = _FileTensors(paths)
-            # The model's own file may name tensors otherwise than its parameters; then only a loaded model can tell.
-            return tensors if set(variance) <= set(tensors) else None
-    return None
+def _mean_problems(
+    directory: Path, variance: Mapping[str, Tensor], digest: str | None, model: nn.Module | None
+) -> list[str]:
+    """Compare a posterior with the mean it should belong to, if that is at hand; without `digest` names and shapes."""
+    problems: list[str] = []
+    try:
+        if model is not None:
+            mean: Mapping[str, Tensor] | None = posterior_keys(model)
+        else:
+            mean = _mean_beside(directory, variance, problems)
+        if mean is None or not variance or problems:
+            return problems
+        shared = {name: variance[name] for name in variance.keys() & mean.keys()}
+        if model is None and len(shared) < len(variance):
+            # Some models are saved with tensors renamed or fused; then only a loaded model can tell.
+            logger.warning(
+                "The posterior in %r is not checked against the model beside it, whose file lacks %d of its names. "
+                "Pass `model` to check it.",
+                str(directory),
+                len(variance) - len(shared),
+            )
+            return match_problems(shared, mean)
+        problems = match_problems(variance, mean)
+        if not problems and digest is not None and mean_digest(mean, variance) != digest:
+            problems.append(
+                "the mean beside it is not the one it belongs to (its digest differs: the weights were changed, "
+                "replaced, or loaded in another dtype)"
+            )
+    except (SafetensorError, OSError) as err:
+        problems.append(f"the mean beside it cannot be read ({err})")
+    return problems
 
 
-def _digest_problems(expected: str, variance: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> list[str]:
-    if mean_digest(mean, variance) == expected:
-        return []
-    return [
-        "the mean beside it is not the one it belongs to (its digest differs: the weights were changed or replaced)"
-    ]
+def _mean_beside(directory: Path, variance: Mapping[str, Tensor], problems: list[str]) -> Mapping[str, Tensor] | None:
+    """Return the tensors of the model or adapter in the directory that shares most names; None if there is none."""
+    sources = [[directory / name] for name in _MEAN_NAMES if (directory / name).is_file()]
+    if (directory / _MEAN_INDEX_NAME).is_file():
+        weight_map = (_read_json(directory / _MEAN_INDEX_NAME, problems) or {}).get("weight_map")
+        files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        shards = [directory / file for file in sorted(filter(_is_file_name, files))]
+        present = [path for path in shards if path.is_file()]
+        if present and len(present) < len(shards):
+            lost = next(path.name for path in shards if path not in present)
+            problems.append(f"the mean beside it is incomplete: {lost} is missing")
+        elif present:
+            sources.append(present)
+    means = [_FileTensors(paths) for paths in sources]
+    return max(means, key=lambda mean: len(variance.keys() & mean.keys()), default=None)

@@ -6,8 +6,9 @@ The mean is not kept here: it is the model's own weights, in the model's own fil
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from hf_ivon.optim import IVON
 
-_WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel and torch.compile
+logger = logging.getLogger(__name__)
 
 
 class Posterior:
@@ -94,12 +95,12 @@ class Posterior:
         """
         params = posterior_keys(model)
         self._check(params, ess_scale)
-        saved: dict[Tensor, Tensor] = {}
+        saved: list[tuple[Tensor, Tensor]] = []
         try:
             with torch.no_grad():
                 for name, theta in self._draw(params, generator, ess_scale):
                     p = params[name]
-                    saved[p] = p.detach().clone()
+                    saved.append((p, p.detach().clone()))
                     p.copy_(theta)
             torch.clear_autocast_cache()
             yield model
@@ -129,7 +130,8 @@ class Posterior:
             m = mean[name].detach()
             std = (self.variance[name] / ess_scale).sqrt_()
             noise = torch.randn(std.shape, generator=generator, dtype=std.dtype)
-            yield name, (m.to(std.dtype) + noise.mul_(std).to(m.device)).to(m.dtype)
+            dtype = torch.promote_types(m.dtype, std.dtype)  # neither a bf16 nor an fp64 mean is rounded by the sum
+            yield name, (m.to(dtype) + noise.mul_(std).to(m.device)).to(m.dtype)
 
     @classmethod
     def from_optimizer(
@@ -165,6 +167,14 @@ class Posterior:
             )
         groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         params = {k: p for k, p in posterior_keys(model).items() if p.requires_grad and p in groups}
+        kept = set(params.values())
+        if left_out := [k for k, p in model.named_parameters() if p.requires_grad and p in groups and p not in kept]:
+            logger.warning(
+                "No posterior is kept for %d trained parameters that are not part of the adapter, such as `%s`. Name "
+                "their modules in `modules_to_save`.",
+                len(left_out),
+                left_out[0],
+            )
         if not params:
             raise ValueError(
                 "The optimizer must hold parameters of the model, got none of them. Pass the trained model."
@@ -208,19 +218,21 @@ def _one_or_all(values: dict[str, float]) -> float | dict[str, float]:
     return next(iter(values.values())) if len(set(values.values())) == 1 else values
 
 
-def _write(saved: Mapping[Tensor, Tensor]) -> None:
+def _write(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
-        for p, mean in saved.items():
+        for p, mean in reversed(saved):  # of two parameters on one storage, the first was saved before any write
             p.copy_(mean)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside the wrappers of DistributedDataParallel and `torch.compile`."""
     while True:
-        inner = next((model._modules[w] for w in _WRAPPERS if w in model._modules and len(model._modules) == 1), None)
-        if inner is None:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+            model = compiled
+        else:
             return model
-        model = inner
 
 
 def posterior_keys(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -232,16 +244,28 @@ def posterior_keys(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Returns:
         Name to parameter; tied parameters once.
+
+    Raises:
+        ValueError: If several adapters of a PEFT model are active: their files use the same names.
     """
     model = unwrap(model)
     peft = sys.modules.get("peft")  # a PeftModel cannot exist unless peft was imported
     named = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
     if peft is None or not isinstance(model, peft.PeftModel):
         return named
+    if len(model.active_adapters) != 1:
+        raise ValueError(
+            f"The model must have one active adapter, got {model.active_adapters!r}. Choose one with `set_adapter`."
+        )
     by_storage = {(p.data_ptr(), p.shape): p for p in named.values()}
-    adapter = peft.get_peft_model_state_dict(model)
-    found = {key: by_storage.get((tensor.data_ptr(), tensor.shape)) for key, tensor in adapter.items()}
-    return {key: p for key, p in found.items() if p is not None}
+    # "auto", the default of the last argument, asks the Hub for the base model's vocabulary, at every call.
+    adapter = peft.get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
+    keys: dict[nn.Parameter, str] = {}
+    for key, tensor in adapter.items():
+        p = by_storage.get((tensor.data_ptr(), tensor.shape))
+        if p is not None:
+            keys.setdefault(p, key)  # the file repeats tied tensors
+    return {key: p for p, key in keys.items()}
 
 
 def match_problems(expected: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

@@ -6,10 +6,14 @@
     python recipes/run_glue.py recipes/settings/roberta_base_ivon.json --task_name mrpc --output_dir out
 
 Beside the task's own metric, the table gives the negative log-likelihood (nats per example) and the expected
-calibration error for classification, and the mean squared error for regression.
+calibration error for classification, and the mean squared error for regression. `--metric_for_best_model task_metric`
+chooses the best epoch by the task's own metric.
 """
 
+import inspect
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -18,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    EvalPrediction,
     set_seed,
 )
 
@@ -47,6 +52,9 @@ class GlueArguments:
     new_head: bool = field(
         default=False, metadata={"help": "Replace a classification head that the model has, if its size does not fit."}
     )
+    classifier_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout before the last layer. Default: what the model says."}
+    )
     max_length: int = field(default=128, metadata={"help": "Tokens at which a text, or pair of texts, is cut."})
     eval_num_samples: int = field(
         default=16, metadata={"help": "Weight samples of the posterior-averaged evaluation."}
@@ -63,7 +71,13 @@ def load_splits(args: GlueArguments, task: Task) -> tuple[Any, Any]:
     else:
         import datasets
 
-        splits = datasets.load_dataset("nyu-mll/glue", args.task_name)
+        try:
+            splits = datasets.load_dataset("nyu-mll/glue", args.task_name)
+        except OSError as err:
+            raise common.RecipeError(
+                f"The data of {args.task_name!r} cannot be loaded from the Hub: {err} Check the connection, or pass "
+                f"--train_file and --validation_file."
+            ) from err
         name = "validation_matched" if args.task_name == "mnli" else "validation"
         train, validation = splits["train"], splits[name]
     if args.max_train_samples is not None:
@@ -72,17 +86,27 @@ def load_splits(args: GlueArguments, task: Task) -> tuple[Any, Any]:
         validation = validation.select(range(min(len(validation), args.max_eval_samples)))
     for where, rows in (("training", train), ("validation", validation)):
         common.check_rows(rows, columns, f"the {where} split")
+        check_texts(rows, task, f"the {where} split")
         check_labels(rows["label"], task, f"the {where} split", args.task_name)
     return train, validation
+
+
+def check_texts(rows: Any, task: Task, where: str) -> None:
+    """Raise a `RecipeError` if a text is missing or is none; CSV readers take words like None for a missing value."""
+    for column in task.columns:
+        for i, value in enumerate(rows[column]):
+            if not isinstance(value, str):
+                raise common.RecipeError(
+                    f"`{column}` of {where} must be text, got {value!r} in row {i}. Mend the row."
+                )
 
 
 def check_labels(labels: Any, task: Task, where: str, name: str) -> None:
     """Raise a `RecipeError` if a label does not fit the task's head."""
     values = list(labels)
-    numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and v == v]
-    if len(numbers) < len(values):
-        wrong = next(v for v in values if v not in numbers)
-        raise common.RecipeError(f"Labels of {where} must be numbers, got {wrong!r}. Map them to `glue`'s.")
+    for v in values:
+        if not isinstance(v, (int, float)) or isinstance(v, bool) or not math.isfinite(v):
+            raise common.RecipeError(f"Labels of {where} must be numbers, got {v!r}. Map them to `glue`'s.")
     if task.num_labels > 1 and not all(v == int(v) and 0 <= v < task.num_labels for v in values):
         wrong = next(v for v in values if v != int(v) or not 0 <= v < task.num_labels)
         raise common.RecipeError(
@@ -91,20 +115,54 @@ def check_labels(labels: Any, task: Task, where: str, name: str) -> None:
         )
 
 
-def load_model(args: GlueArguments, task: Task) -> Any:
-    """Return the pretrained model with a head for the task; one of another size is an error, or replaced if asked."""
-    config = AutoConfig.from_pretrained(args.model_name_or_path)
-    has_head = any("ForSequenceClassification" in name for name in config.architectures or [])
-    if has_head and config.num_labels != task.num_labels and not args.new_head:
-        raise common.RecipeError(
-            f"The head of {args.model_name_or_path!r} has {config.num_labels} outputs, and {args.task_name} needs "
-            f"{task.num_labels}. Pass --new_head true to train a new one, or another model."
+def load_model(args: GlueArguments, task: Task) -> tuple[Any, Any]:
+    """Return the model with a head for the task, and its tokenizer; a head of another size is replaced if asked."""
+    name = args.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name)
+        has_head = any("ForSequenceClassification" in c for c in config.architectures or [])
+        if has_head and config.num_labels != task.num_labels and not args.new_head:
+            raise common.RecipeError(
+                f"The head of {name!r} has {config.num_labels} outputs, and {args.task_name} needs "
+                f"{task.num_labels}. Pass --new_head true to train a new one, or another model."
+            )
+        config.num_labels = task.num_labels
+        config.problem_type = "regression" if task.num_labels == 1 else "single_label_classification"
+        if args.classifier_dropout is not None:
+            set_classifier_dropout(config, args.classifier_dropout)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=args.new_head
         )
-    config.num_labels = task.num_labels
-    config.problem_type = "regression" if task.num_labels == 1 else "single_label_classification"
-    return AutoModelForSequenceClassification.from_pretrained(
-        args.model_name_or_path, config=config, ignore_mismatched_sizes=args.new_head
-    )
+        return model, AutoTokenizer.from_pretrained(name)
+    except OSError as err:
+        raise common.RecipeError(
+            f"`model_name_or_path` must be a model on the Hub or its directory, got {name!r}: {err}"
+        ) from err
+
+
+def set_classifier_dropout(config: Any, value: float) -> None:
+    """Set the dropout before the last layer under the name that this kind of model has for it."""
+    if not 0 <= value < 1:
+        raise common.RecipeError(f"`classifier_dropout` must be in [0, 1), got {value}. 0 is none.")
+    for key in ("classifier_dropout", "seq_classif_dropout"):
+        if hasattr(config, key):
+            return setattr(config, key, value)
+    if not config.model_type.startswith("deberta"):
+        raise common.RecipeError(f"`classifier_dropout` must be left out for {config.model_type}, got {value}.")
+    config.cls_dropout = value  # read by the model, though the configuration does not declare it
+
+
+def check_longest(model: Any, collator: DataCollatorWithPadding, *splits: Any) -> None:
+    """Predict the longest row of each split once: what the model cannot take shows before training starts."""
+    lengths = [[len(ids) for ids in rows["input_ids"]] for rows in splits]
+    longest = [rows[n.index(max(n))] for rows, n in zip(splits, lengths, strict=True)]
+    try:
+        posterior_predict(model, None, [collator(longest)], num_samples=0)
+    except (IndexError, RuntimeError, TypeError, ValueError) as err:
+        raise common.RecipeError(
+            f"The model cannot take texts of up to {max(map(max, lengths))} tokens in a batch: {err} Lower "
+            f"--max_length to what it has positions for, or check that model and tokenizer belong together."
+        ) from err
 
 
 def evaluate(task_name: str, prediction: Prediction) -> dict[str, float]:
@@ -122,26 +180,40 @@ def evaluate(task_name: str, prediction: Prediction) -> dict[str, float]:
     }
 
 
+def epoch_metrics(task_name: str, output: EvalPrediction) -> dict[str, float]:
+    """Return the task's metrics of an evaluation during training; `task_metric` is the one of the paper's table."""
+    task = TASKS[task_name]
+    predictions = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+    predictions = predictions.reshape(-1) if task.num_labels == 1 else predictions.argmax(-1)
+    values = task_metrics(task_name, predictions, output.label_ids)
+    return {**values, "task_metric": values[task.metric]}
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Finetune and evaluate; return what `results.json` holds."""
     glue, args = common.parse_args((GlueArguments, IVONTrainingArguments), argv)
     if glue.task_name not in TASKS:
         raise common.RecipeError(f"`task_name` must be one of {', '.join(TASKS)}, got {glue.task_name!r}.")
+    for name, least in (("max_length", 1), ("eval_num_samples", 0)):
+        if getattr(glue, name) < least:
+            raise common.RecipeError(f"`{name}` must be at least {least}, got {getattr(glue, name)}. Correct it.")
     task = TASKS[glue.task_name]
     common.check_output_dir(args)
     train_rows, validation_rows = load_splits(glue, task)
     set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(glue.model_name_or_path)
-    model = load_model(glue, task)
+    model, tokenizer = load_model(glue, task)
+    inputs = inspect.signature(model.forward).parameters
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer(*(batch[c] for c in task.columns), truncation=True, max_length=glue.max_length)
+        tokens = tokenizer(*(batch[c] for c in task.columns), truncation=True, max_length=glue.max_length)
+        encoded = {name: rows for name, rows in tokens.items() if name in inputs}
         encoded["labels"] = [float(v) if task.num_labels == 1 else int(v) for v in batch["label"]]
         return encoded
 
     train = train_rows.map(encode, batched=True, remove_columns=train_rows.column_names)
     validation = validation_rows.map(encode, batched=True, remove_columns=validation_rows.column_names)
     collator = DataCollatorWithPadding(tokenizer)
+    check_longest(model, collator, train, validation)
     trainer = IVONTrainer(
         model=model,
         args=args,
@@ -149,6 +221,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         eval_dataset=validation,
         data_collator=collator,
         processing_class=tokenizer,
+        compute_metrics=partial(epoch_metrics, glue.task_name),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

@@ -164,7 +164,7 @@ class IVONTrainerMixin:
                 self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items * factor)
                 for factor in (1, 2)
             )
-        if once == 0:  # no label in this batch: ask the next one
+        if not (once.abs() > 0).all():  # no label in this batch: ask the next one
             return
         self._loss_checked = True
         if torch.equal(once, twice):
