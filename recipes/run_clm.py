@@ -30,6 +30,7 @@ except ImportError:  # run as a script: this directory is on the path
     import corpus
 
 END = "<|endoftext|>"
+STREAMED_ROWS = 100_000  # of a stream, the first so many train the tokenizer
 
 
 @dataclass
@@ -47,7 +48,9 @@ class ModelArguments:
         default=None,
         metadata={"help": "Tokenizer's name or directory. Default: byte-level BPE trained on the corpus."},
     )
-    vocab_size: int = field(default=2048, metadata={"help": "Vocabulary of the tokenizer that is trained."})
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Vocabulary of the tokenizer that is trained; 2048 unless given."}
+    )
 
 
 @dataclass
@@ -77,12 +80,47 @@ class DataArguments:
     )
 
 
+def check_arguments(model: ModelArguments, data: DataArguments, args: IVONTrainingArguments) -> None:
+    """Raise a `RecipeError` for values out of range, and for flags that would have no effect."""
+    least = {"block_size": 2, "max_eval_blocks": 1, "eval_num_samples": 0}
+    for name, bound in least.items():
+        if getattr(data, name) < bound:
+            raise common.RecipeError(f"`{name}` must be at least {bound}, got {getattr(data, name)}. Correct it.")
+    if model.vocab_size is not None and model.vocab_size < 257:
+        raise common.RecipeError(
+            f"`vocab_size` must be at least 257, the bytes and the end of text, got {model.vocab_size}. Raise it."
+        )
+    needs = {
+        "dataset_config_name": "dataset_name",
+        "streaming": "dataset_name",
+        "validation_file": "train_file",
+    }
+    for name, other in needs.items():
+        if getattr(data, name) and not getattr(data, other):
+            raise common.RecipeError(f"`{name}` must come with `{other}`, which is not given. Add it.")
+    for names in (("dataset_name", "train_file"), ("tokenizer_name", "vocab_size")):
+        given = {**vars(model), **vars(data)}
+        if all(given[name] is not None for name in names):
+            raise common.RecipeError(f"`{names[0]}` and `{names[1]}` exclude each other. Give one of them.")
+    if data.streaming and args.max_steps <= 0:
+        raise common.RecipeError("`max_steps` must be given for a streamed dataset, which has no length. Add it.")
+
+
 def load_text(args: DataArguments) -> tuple[Any, Any]:
     """Return training and validation rows with a text column, from the Hub, from files, or from Python itself."""
     import datasets
 
     if args.dataset_name is not None:
-        splits = datasets.load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+        try:
+            splits = datasets.load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+        except (OSError, ValueError) as err:
+            raise common.RecipeError(
+                f"`dataset_name` must be a dataset on the Hub or its directory, got {args.dataset_name!r}: {err}"
+            ) from err
+        if "train" not in splits:
+            raise common.RecipeError(
+                f"The dataset {args.dataset_name!r} must have a split `train`, got {', '.join(splits)}. Take one."
+            )
         train = common.check_rows(splits["train"], [args.text_column], repr(args.dataset_name))
         if "validation" in splits:
             return train, splits["validation"]
@@ -107,12 +145,25 @@ def load_text(args: DataArguments) -> tuple[Any, Any]:
 def load_tokenizer(args: ModelArguments, rows: Any, column: str) -> Any:
     """Return the named tokenizer, or a byte-level BPE trained on the rows."""
     if args.tokenizer_name is not None:
-        return AutoTokenizer.from_pretrained(args.tokenizer_name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
+        except (OSError, ValueError) as err:
+            raise common.RecipeError(
+                f"`tokenizer_name` must be a tokenizer on the Hub or its directory, got {args.tokenizer_name!r}: {err}"
+            ) from err
+        if tokenizer.eos_token_id is None:
+            raise common.RecipeError(
+                f"`tokenizer_name` must have an end-of-text token, got {args.tokenizer_name!r}. Choose another."
+            )
+        return tokenizer
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
-    texts = (row[column] for row in rows)
-    tokenizer.train_from_iterator(texts, vocab_size=args.vocab_size, special_tokens=[END], show_progress=False)
+    if not hasattr(rows, "__len__"):
+        rows = rows.take(STREAMED_ROWS)
+    texts = (row[column] for row in rows if row[column])
+    size = 2048 if args.vocab_size is None else args.vocab_size
+    tokenizer.train_from_iterator(texts, vocab_size=size, special_tokens=[END], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=END, bos_token=END)
 
 
@@ -125,7 +176,9 @@ def pack(rows: Any, tokenizer: Any, column: str, block_size: int) -> Any:
         blocks = [stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)]
         return {"input_ids": blocks, "labels": blocks}
 
-    return rows.map(to_blocks, batched=True, batch_size=10_000, remove_columns=rows.column_names)
+    # Of a stream the other columns may not be known before it is read.
+    rows = rows.select_columns([column])
+    return rows.map(to_blocks, batched=True, batch_size=10_000, remove_columns=[column])
 
 
 def build_model(args: ModelArguments, tokenizer: Any, block_size: int) -> GPT2LMHeadModel:
@@ -133,7 +186,16 @@ def build_model(args: ModelArguments, tokenizer: Any, block_size: int) -> GPT2LM
     if args.config_name == "gpt2":
         config = AutoConfig.for_model("gpt2")
     else:
-        config = AutoConfig.from_pretrained(args.config_name)
+        try:
+            config = AutoConfig.from_pretrained(args.config_name)
+        except (OSError, ValueError) as err:
+            raise common.RecipeError(
+                f"`config_name` must be a model on the Hub or its directory, got {args.config_name!r}: {err}"
+            ) from err
+        if config.model_type != "gpt2":
+            raise common.RecipeError(
+                f"`config_name` must be of a GPT-2, got one of {config.model_type}. Choose another."
+            )
     config.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "vocab_size": len(tokenizer)})
     config.update({"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id})
     if args.config_overrides:
@@ -160,6 +222,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train and evaluate; return what `results.json` holds."""
     model_args, data_args, args = common.parse_args((ModelArguments, DataArguments, IVONTrainingArguments), argv)
     common.check_output_dir(args)
+    check_arguments(model_args, data_args, args)
     set_seed(args.seed)
     train_rows, validation_rows = load_text(data_args)
     tokenizer = load_tokenizer(model_args, train_rows, data_args.text_column)

@@ -79,6 +79,12 @@ def test_biases_train_when_asked(tmp_path, files):
         (["--config_overrides", "n_layers=2"], "`config_overrides` must be"),
         (["--optim_args", "h0=1"], "`?optim_args`?.*h0"),
         (["--ivon_hess_init", "-1"], "hess_init` must be a positive number, got -1.0"),
+        (["--max_eval_blocks", "0"], "`max_eval_blocks` must be at least 1, got 0"),
+        (["--vocab_size", "100"], "`vocab_size` must be at least 257"),
+        (["--tokenizer_name", "no/such"], "`tokenizer_name` and `vocab_size` exclude each other"),
+        (["--dataset_name", "no/such"], "`dataset_name` and `train_file` exclude each other"),
+        (["--streaming", "true"], "`streaming` must come with `dataset_name`"),
+        (["--config_name", "no/such"], "`config_name` must be a model on the Hub or its directory"),
     ],
 )
 def test_bad_input_is_one_error_before_training(tmp_path, files, flags, message):
@@ -86,6 +92,33 @@ def test_bad_input_is_one_error_before_training(tmp_path, files, flags, message)
     with pytest.raises(RecipeError, match=message):
         run(tmp_path, *files, *flags)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset_name", "no/such"], "`dataset_name` must be a dataset on the Hub or its directory, got 'no/such'"),
+        (["--dataset_name", "any", "--streaming", "true"], "`max_steps` must be given for a streamed dataset"),
+        (["--validation_file", "v.txt"], "`validation_file` must come with `train_file`"),
+        (["--tokenizer_name", "no/such"], "`tokenizer_name` must be a tokenizer on the Hub or its directory"),
+    ],
+)
+def test_names_that_lead_nowhere_are_one_error(tmp_path, monkeypatch, flags, message):
+    """A misspelt name, or a flag that has no effect, would show as a traceback of some library, or not at all."""
+    monkeypatch.setattr(run_clm.corpus, "python_documentation", lambda: {"train": ["text"], "validation": ["text"]})
+    args = ["--output_dir", str(tmp_path / "out"), "--report_to", "none", "--use_cpu", "true", "--block_size", "16"]
+    with pytest.raises(RecipeError, match=message):
+        run_clm.main([*args, *flags])
+
+
+def test_a_local_dataset_can_be_streamed(tmp_path, files):
+    """A corpus larger than the disk has no length: tokenizer, blocks and ess must come without one."""
+    flags = ["--dataset_name", str(tmp_path), "--streaming", "true", "--learning_rate", "0.5"]
+    with pytest.raises(ValueError, match="`?ess`?.*length"):
+        run(tmp_path, *flags)
+    results = run(tmp_path, *flags, "--ivon_ess", "1e4", name="again")
+    assert results["num_eval_tokens"] > 0
+    assert load_posterior(tmp_path / "again").config.steps == 3
 
 
 def test_too_little_text_is_an_error(tmp_path, files):
