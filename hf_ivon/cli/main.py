@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_ivon.cli.run import CONTEXT, run
+
 if TYPE_CHECKING:
     from hf_ivon.posterior import Posterior
 
@@ -32,6 +34,9 @@ def _version(show: bool) -> None:
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+app.command(context_settings=CONTEXT)(run)
 
 
 @app.callback()

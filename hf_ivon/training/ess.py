@@ -59,6 +59,8 @@ def training_size(trainer: Trainer) -> TrainingSize | None:
         The size; None if the dataset has no length, or its examples cannot be picked by index.
     """
     dataset = trainer.train_dataset
+    if isinstance(dataset, dict):  # several sets, as sentence-transformers takes them, whose losses are of examples
+        dataset = torch.utils.data.ConcatDataset(dataset.values())
     try:
         num_examples = len(dataset)
     except TypeError:

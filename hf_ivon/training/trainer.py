@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.trainer_utils import HubStrategy
 
 from hf_ivon.checkpoint import load_posterior, posterior_files, save_posterior
@@ -58,8 +61,8 @@ class IVONTrainerMixin:
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create IVON if the arguments ask for it, over all trainable parameters; otherwise as the base class does.
 
-        Relies on the base class calling this before `accelerator.prepare` and before any training, and on an optimizer
-        that was given or made earlier standing in `self.optimizer` then.
+        Relies on the base class calling this before `accelerator.prepare` and before any training, on an optimizer
+        that was given or made earlier standing in `self.optimizer` then, and on the base class making the groups.
 
         Args:
             model: The model to optimize; None is the Trainer's.
@@ -70,9 +73,23 @@ class IVONTrainerMixin:
         Raises:
             ValueError: If IVON does not support what the arguments ask for, or `ess` cannot be resolved.
         """
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == "ivon":
+        asked = self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == "ivon"
+        if asked:
             check_supported(self.args)
-            self.optimizer = self._create_ivon(self.model if model is None else model)
+            options = self._ivon_options(self.model if model is None else model)
+            prior_on = options.pop("prior_on")
+            with _handler(lambda context: (IVON, {**context.optimizer_kwargs, **options})):
+                super().create_optimizer(model)
+            if self.ivon is None:
+                raise ValueError(
+                    f"`{type(self).__name__}.create_optimizer` must make what `optim` names, got "
+                    f"{type(self.optimizer).__name__} for 'ivon'. Call `super().create_optimizer()` in it."
+                )
+            names = {p: name for name, p in self.model.named_parameters()}
+            for group in self.ivon.param_groups:
+                group["param_names"] = [names.get(p, f"parameter {i}") for i, p in enumerate(group["params"])]
+                if prior_on == "all":
+                    group["weight_decay"] = self.args.weight_decay
             return self.optimizer
         super().create_optimizer(model)
         if self.ivon is not None:
@@ -88,8 +105,17 @@ class IVONTrainerMixin:
             )
         return self.optimizer
 
-    def _create_ivon(self, model: nn.Module) -> IVON:
-        # Called by its class: arguments read from `training_args.bin` are plain TrainingArguments.
+    def _ivon_options(self, model: nn.Module) -> dict[str, Any]:
+        """Return what IVON is made with, beside parameters and learning rate; `ess` is a number."""
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("The model must have trainable parameters, got none. Unfreeze some, or add an adapter.")
+        if self.args.weight_decay == 0 and not isinstance(self.args, IVONTrainingArguments):
+            self.args.weight_decay = 1e-5  # 0, the usual default, would be no prior
+            logger.warning(
+                "The prior precision `weight_decay` is set to 1e-5, the paper's value for finetuning. Pass another "
+                "--weight_decay, tiny for a flat prior."
+            )
+        # Called by its class: the script's own arguments, or those read from `training_args.bin`, are plain ones.
         options = IVONTrainingArguments.ivon_options(self.args)
         lr = self.args.learning_rate
         if 0 < lr * options["clip_radius"] < _SMALL_STEP:
@@ -103,19 +129,7 @@ class IVONTrainerMixin:
         self._size = training_size(self)
         if options["ess"] == "auto":
             options["ess"] = resolve_ess(self, self._size)
-        groups = self._parameter_groups(model, prior_on=options.pop("prior_on"))
-        return IVON(groups, lr=lr, **options)
-
-    def _parameter_groups(self, model: nn.Module, prior_on: str) -> list[dict[str, Any]]:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if not named:
-            raise ValueError("The model must have trainable parameters, got none. Unfreeze some, or add an adapter.")
-        decay = {name for name, _ in named} if prior_on == "all" else set(self.get_decay_parameter_names(model))
-        groups = [
-            {"params": [(n, p) for n, p in named if n in decay], "weight_decay": self.args.weight_decay},
-            {"params": [(n, p) for n, p in named if n not in decay], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        return options
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -273,6 +287,19 @@ class IVONTrainerMixin:
 
 class IVONTrainer(IVONTrainerMixin, Trainer):
     """Transformers' Trainer with IVON; takes `IVONTrainingArguments`."""
+
+
+@contextmanager
+def _handler(handler: Callable[[Any], tuple[type, dict[str, Any]]]) -> Generator[None, None, None]:
+    """Let the base class make "ivon", which it does not know, from what the handler returns."""
+    earlier = _OPTIMIZER_HANDLERS.get("ivon")
+    _OPTIMIZER_HANDLERS["ivon"] = handler
+    try:
+        yield
+    finally:
+        del _OPTIMIZER_HANDLERS["ivon"]
+        if earlier is not None:
+            _OPTIMIZER_HANDLERS["ivon"] = earlier
 
 
 def _replace_posterior(source: Path, target: Path) -> None:
