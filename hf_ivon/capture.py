@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hf_ivon import distributed
 from hf_ivon.functional import cache_sized
 from hf_ivon.state import state_dtype
 
@@ -190,8 +191,11 @@ class GradientCapture:
             self._started.clear()
         elif self.contexts:
             context.zeroed = True
-            if not set_to_none:  # zeroed in place: keep the earlier contexts' gradients
-                context.before = {p: (g.clone(), version) for p, (g, version) in context.before.items()}
+            # Zeroed in place, or views on a buffer that the next backward pass writes to: keep the earlier gradients.
+            context.before = {
+                p: (g.clone() if not set_to_none or g._is_view() else g, version)
+                for p, (g, version) in context.before.items()
+            }
         self._at_mean.clear()
         self._stale.clear()
         return dropped
@@ -201,13 +205,16 @@ class GradientCapture:
     def check(self, params: Iterable[Tensor], names: dict[Tensor, str], mc_samples: int) -> None:
         """Make sure that every gradient was taken at weight samples.
 
+        A gradient that this process did not see may be another process's, brought here by its reduction.
+
         Raises:
             RuntimeError: If not; the message says what to do.
         """
         if self._broken:
             raise RuntimeError(_BROKEN)
+        shared = self.contexts > 0 and distributed.world_size() > 1
         for p in params:
-            if p not in self.captured or p in self._at_mean:
+            if (p not in self.captured and not shared) or p in self._at_mean:
                 stale = p.grad is not None and self._stale.get(p) == (id(p.grad), p.grad._version)
                 raise RuntimeError(_STALE if stale else _AT_MEAN.format(name=names.get(p, "?")))
         if self.contexts % mc_samples:
@@ -215,6 +222,20 @@ class GradientCapture:
                 f"`mc_samples` is {mc_samples}, but this step ran {self.contexts} training context(s). Run a multiple "
                 f"of `mc_samples` contexts per step, pass a closure to `step`, or set `mc_samples` to what you run."
             )
+
+    def reduce(self, params: Iterable[Tensor]) -> None:
+        """Average what the window captured over the processes, if there are several; all must call this.
+
+        Args:
+            params: All trainable parameters, in the same order everywhere; one without gradient here counts as zero.
+        """
+        if distributed.world_size() == 1:
+            return
+        for p in (params := list(params)):
+            if p not in self._started:
+                self._started.add(p)
+                self._buffers[p] = self._clean_buffer(p, torch.empty_like(p, dtype=state_dtype(p)))
+        distributed.average_([self._buffers[p] for p in params])
 
     def curvature(self, p: Tensor) -> tuple[Tensor, float]:
         """Return the window's buffer for `p`, shape of `p`, and the number to divide it by."""
@@ -254,7 +275,8 @@ class GradientCapture:
         if p.grad is None:
             self._at_mean.discard(p)
         if p in context.before:
-            changed = p.grad is not None and p.grad._version != context.before[p][1]
+            # Views on a common buffer, as DistributedDataParallel makes them, share one version: nothing can be told.
+            changed = p.grad is not None and not p.grad._is_view() and p.grad._version != context.before[p][1]
             if changed and not context.zeroed:
                 raise RuntimeError(
                     "Gradients were changed in place inside `sampled_params(train=True)` before its backward pass. "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ivon import functional
+from hf_ivon import distributed, functional
 from hf_ivon.capture import GradientCapture
 from hf_ivon.options import check_options
 from hf_ivon.sampling import WeightSampler
@@ -186,16 +186,16 @@ class IVON(torch.optim.Optimizer):
             self._capture.attach(p for _, p in self._parameters() if p.requires_grad)
             if self._capture.begin(weight=weight, grad_scale=grad_scale):
                 self._advance_window()
-            draw, stream = self._capture.entered, _TRAIN
+            draw, stream, rank = self._capture.entered, _TRAIN, distributed.rank()
         else:
             self._eval_draws += 1
-            draw, stream = self._eval_draws, _EVAL
+            draw, stream, rank = self._eval_draws, _EVAL, 0  # every process predicts with the same sample
         failed = True
         try:
             self._inside = True
             for index, (group, p) in enumerate(self._parameters()):
                 if p.requires_grad:
-                    key = (group["seed"], stream, group["window"], draw, index)
+                    key = (group["seed"], stream, rank, group["window"], draw, index)
                     self._sampler.perturb(p, group, self._state(p, group), key)
             torch.clear_autocast_cache()  # autocast remembers casts of the weights as they were
             yield
@@ -259,6 +259,7 @@ class IVON(torch.optim.Optimizer):
                 self._state(p, group)
             return loss
         self._capture.check(params, parameter_names(self.param_groups), self._mc_samples())
+        self._capture.reduce(p for _, p in self._parameters() if p.requires_grad)
         for group, p, grad in with_grad:
             self._update(p, grad, group)
         self._capture.finish(params)

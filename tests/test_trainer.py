@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_ivon import IVON, IVONTrainer, IVONTrainerMixin, load_posterior
-from hf_ivon.training.trainer import unwrap_ivon
+from hf_ivon.training.accelerate import unwrap_ivon
 from tests import tiny
 from tests.reference.ivon_reference import Reference
 
@@ -261,10 +261,10 @@ def test_a_given_optimizer_is_used_as_it_is(tmp_path):
         trainer.save_model(tmp_path / "saved")
         config = load_posterior(tmp_path / "saved", model).config
         assert (config.ess, config.num_examples, config.steps) == (100.0, 5, 1)
-    late = plain()
-    late.fp16 = True
-    with pytest.raises(ValueError, match="does not support fp16"):
-        IVONTrainer(model=model, args=late, train_dataset=tiny.text(5), optimizers=(ivon, None)).create_optimizer()
+    late = IVONTrainer(model=model, args=plain(), train_dataset=tiny.text(5), optimizers=(ivon, None))
+    late.args.fsdp = True
+    with pytest.raises(ValueError, match="does not support FSDP"):
+        late.create_optimizer()
 
 
 def test_training_log_describes_the_posterior(tmp_path):

@@ -233,9 +233,7 @@ def check_supported(args: TrainingArguments) -> None:
     """
     refused = {
         "DeepSpeed (it steps inside the backward pass)": (args.deepspeed_plugin is not None, "Leave out --deepspeed"),
-        "FSDP": (bool(args.fsdp), "Train on one device, without --fsdp"),
-        "several processes": (args.world_size > 1, "Train in one, with --gradient_accumulation_steps"),
-        "fp16": (args.fp16 or args.mixed_precision == "fp16", "Use --bf16"),
+        "FSDP": (bool(args.fsdp), "Leave out --fsdp: several processes then train with DistributedDataParallel"),
     }
     for what, (asked, remedy) in refused.items():
         if asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import shutil
@@ -19,6 +20,7 @@ from transformers.trainer_utils import HubStrategy
 from hf_ivon.checkpoint import load_posterior, posterior_files, save_posterior
 from hf_ivon.optim import IVON
 from hf_ivon.posterior import Posterior, posterior_keys
+from hf_ivon.training.accelerate import grad_scale, unwrap_ivon
 from hf_ivon.training.arguments import IVONTrainingArguments, check_supported
 from hf_ivon.training.ess import TrainingSize, resolve_ess, training_size
 
@@ -27,20 +29,6 @@ logger = logging.getLogger(__name__)
 _CARD_TAGS = ("ivon", "posterior")
 # Largest movement of a weight in one step below which training all but stands still; AdamW's is its learning rate.
 _SMALL_STEP = 1e-6
-
-
-def unwrap_ivon(optimizer: Any) -> IVON | None:
-    """Return the IVON optimizer inside Accelerate's wrapper.
-
-    Args:
-        optimizer: An optimizer, wrapped or not, or None.
-
-    Returns:
-        The IVON optimizer; None if it is another one.
-    """
-    while optimizer is not None and not isinstance(optimizer, IVON):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
 
 
 class IVONTrainerMixin:
@@ -154,7 +142,7 @@ class IVONTrainerMixin:
         samples = ivon.param_groups[0]["mc_samples"]
         losses = []
         for _ in range(samples):
-            with ivon.sampled_params(train=True, weight=1.0 / samples):
+            with ivon.sampled_params(train=True, weight=1.0 / samples, grad_scale=grad_scale(self.accelerator)):
                 losses.append(super().training_step(model, inputs, num_items_in_batch))
         return losses[0] if samples == 1 else torch.stack(losses).mean()
 
@@ -262,27 +250,22 @@ class IVONTrainerMixin:
             logs.update({f"ivon_{name}": value for name, value in self.ivon.statistics().items()})
         super().log(logs, *args, **kwargs)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card as the base class does, with tags that say that a posterior is there.
 
+        Relies on the base class taking `tags`, wherever it stands in its signature.
+
         Args:
-            language: Passed on.
-            license: Passed on.
-            tags: Tags of the model.
             args: Passed on.
             kwargs: Passed on.
         """
+        create = super().create_model_card
+        given = inspect.signature(create).bind(*args, **kwargs)
         if self.ivon is not None:
+            tags = given.arguments.get("tags")
             tags = [tags] if isinstance(tags, str) else list(tags or [])
-            tags += [tag for tag in _CARD_TAGS if tag not in tags]
-        super().create_model_card(language, license, tags, *args, **kwargs)
+            given.arguments["tags"] = tags + [tag for tag in _CARD_TAGS if tag not in tags]
+        create(*given.args, **given.kwargs)
 
 
 class IVONTrainer(IVONTrainerMixin, Trainer):

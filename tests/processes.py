@@ -1,0 +1,28 @@
+"""Runs a function in several processes that form one gloo group."""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def _enter(rank, world_size, function, directory, arguments):
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    store = dist.FileStore(str(directory / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    try:
+        result = function(rank, world_size, *arguments)
+        torch.save(result, directory / f"result-{rank}")
+    finally:
+        dist.destroy_process_group()
+
+
+def run(function, world_size, directory, *arguments):
+    """Return what `function(rank, world_size, *arguments)` returned in each of `world_size` fresh processes."""
+    directory = Path(directory)
+    torch.multiprocessing.spawn(_enter, (world_size, function, directory, arguments), nprocs=world_size)
+    return [torch.load(directory / f"result-{rank}", weights_only=True) for rank in range(world_size)]

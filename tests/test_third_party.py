@@ -1,0 +1,116 @@
+"""Code that nobody here wrote, run unchanged through the launcher: TRL's scripts, sentence-transformers' trainer."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tokenizers import ByteLevelBPETokenizer
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from hf_ivon import load_posterior
+
+ROOT = Path(__file__).parent.parent
+FLAGS = {
+    "optim": "ivon",
+    "optim_args": "ess=1e4,hess_init=0.1,beta2=0.9",
+    "learning_rate": 0.1,
+    "max_steps": 3,
+    "save_steps": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "use_cpu": "true",
+}
+LORA = {"use_peft": "true", "lora_r": 2, "lora_target_modules": ".*(c_attn|c_proj)"}
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A tiny GPT-2 and two data sets, in directories as a download would leave them."""
+    sentences = [f"The number {i} is smaller than the number {i + 1}, and so on." for i in range(32)]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(sentences, vocab_size=300, special_tokens=["<|endoftext|>", "<pad>"], show_progress=False)
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 256, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    text = [{"text": s} for s in sentences]
+    pairs = [{"prompt": s[:20], "chosen": s[20:], "rejected": " nonsense."} for s in sentences]
+    for name, rows in (("text", text), ("pairs", pairs)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def launch(directory, *command):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=directory, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def flags(options):
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def script(name):
+    return str(Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "scripts" / f"{name}.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize(("name", "data"), [("sft", "text"), ("dpo", "pairs")])
+def test_trl_scripts_run_as_shipped(work, name, data, lora):
+    """What people really start: the script of a library, which knows nothing of IVON."""
+    options = {"model_name_or_path": "gpt2", "dataset_name": data, "output_dir": "out", **(LORA if lora else {})}
+    output = launch(work, "-m", "hf_ivon", "run", script(name), *flags({**options, **FLAGS}))
+    assert "ivon_sigma_q50" in output
+    for directory in ("checkpoint-2", "checkpoint-3", "."):
+        posterior = load_posterior(work / "out" / directory)
+        assert posterior.config.ess == 1e4
+        mean = load_file(work / "out" / directory / ("adapter_model.safetensors" if lora else "model.safetensors"))
+        assert set(posterior.names()) <= set(mean)
+        assert all("lora_" in key for key in posterior.names()) is lora
+    assert posterior.config.steps == 3
+
+
+SENTENCE_TRANSFORMERS = """
+import datasets
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, losses, models
+from sentence_transformers import SentenceTransformerTrainingArguments
+
+word = models.Transformer("bert", max_seq_length=32)
+model = SentenceTransformer(modules=[word, models.Pooling(word.get_word_embedding_dimension())], device="cpu")
+rows = [{{"a": f"number {{i}}", "b": f"the number {{i}}", "label": i % 3}} for i in range(16)]
+args = SentenceTransformerTrainingArguments(
+    output_dir="out", optim="ivon", optim_args="ess=1e4,hess_init=0.1,beta2=0.9", learning_rate=0.1, max_steps=3,
+    per_device_train_batch_size=4, save_steps=2, report_to="none", use_cpu=True, logging_steps=1,
+)
+loss = losses.SoftmaxLoss(model, model.get_sentence_embedding_dimension(), num_labels=3)
+start = loss.classifier.weight.detach().clone()
+trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), loss=loss)
+trainer.train()
+trainer.save_model()
+print("moved", bool((loss.classifier.weight != start).any()), type(trainer.optimizer.optimizer).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_sentence_transformers_trainer_as_shipped(work):
+    """Its losses have weights of their own, which must be trained too; its model is no PreTrainedModel."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "gpt2")
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(**sizes, intermediate_size=32)).save_pretrained(work / "bert")
+    tokenizer.save_pretrained(work / "bert")
+    (work / "script.py").write_text(SENTENCE_TRANSFORMERS.format())
+    output = launch(work, "-m", "hf_ivon", "run", "script.py")
+    assert "moved True IVON" in output
+    assert load_posterior(work / "out" / "checkpoint-3").config.steps == 3
+    assert load_posterior(work / "out").config.num_examples == 16
