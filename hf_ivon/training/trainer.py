@@ -61,13 +61,14 @@ class IVONTrainerMixin:
         Raises:
             ValueError: If IVON does not support what the arguments ask for, or `ess` cannot be resolved.
         """
+        given = () if model is None else (model,)  # earlier releases, and overrides, take none
         asked = self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == "ivon"
         if asked:
             check_supported(self.args)
             options = self._ivon_options(self.model if model is None else model)
             prior_on = options.pop("prior_on")
             with _handler(lambda context: (IVON, {**context.optimizer_kwargs, **options})):
-                super().create_optimizer(model)
+                super().create_optimizer(*given)
             if self.ivon is None:
                 raise ValueError(
                     f"`{type(self).__name__}.create_optimizer` must make what `optim` names, got "
@@ -79,7 +80,7 @@ class IVONTrainerMixin:
                 if prior_on == "all":
                     group["weight_decay"] = self.args.weight_decay
             return self.optimizer
-        super().create_optimizer(model)
+        super().create_optimizer(*given)
         if self.ivon is not None:
             check_supported(self.args)
             self._size = self._size or training_size(self)
