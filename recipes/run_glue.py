@@ -189,23 +189,24 @@ def epoch_metrics(task_name: str, output: EvalPrediction) -> dict[str, float]:
     return {**values, "task_metric": values[task.metric]}
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Finetune and evaluate; return what `results.json` holds."""
-    glue, args = common.parse_args((GlueArguments, IVONTrainingArguments), argv)
-    if glue.task_name not in TASKS:
-        raise common.RecipeError(f"`task_name` must be one of {', '.join(TASKS)}, got {glue.task_name!r}.")
+def check_arguments(args: GlueArguments) -> None:
+    """Raise a `RecipeError` for an unknown task or a value out of range."""
+    if args.task_name not in TASKS:
+        raise common.RecipeError(f"`task_name` must be one of {', '.join(TASKS)}, got {args.task_name!r}.")
     for name, least in (("max_length", 1), ("eval_num_samples", 0)):
-        if getattr(glue, name) < least:
-            raise common.RecipeError(f"`{name}` must be at least {least}, got {getattr(glue, name)}. Correct it.")
-    task = TASKS[glue.task_name]
-    common.check_output_dir(args)
-    train_rows, validation_rows = load_splits(glue, task)
-    set_seed(args.seed)
-    model, tokenizer = load_model(glue, task)
+        if getattr(args, name) < least:
+            raise common.RecipeError(f"`{name}` must be at least {least}, got {getattr(args, name)}. Correct it.")
+
+
+def prepare(args: GlueArguments) -> tuple[Any, Any, Any, Any, DataCollatorWithPadding]:
+    """Return model, tokenizer, both splits as tokens, and what puts them into batches."""
+    task = TASKS[args.task_name]
+    train_rows, validation_rows = load_splits(args, task)
+    model, tokenizer = load_model(args, task)
     inputs = inspect.signature(model.forward).parameters
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        tokens = tokenizer(*(batch[c] for c in task.columns), truncation=True, max_length=glue.max_length)
+        tokens = tokenizer(*(batch[c] for c in task.columns), truncation=True, max_length=args.max_length)
         encoded = {name: rows for name, rows in tokens.items() if name in inputs}
         encoded["labels"] = [float(v) if task.num_labels == 1 else int(v) for v in batch["label"]]
         return encoded
@@ -214,6 +215,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     validation = validation_rows.map(encode, batched=True, remove_columns=validation_rows.column_names)
     collator = DataCollatorWithPadding(tokenizer)
     check_longest(model, collator, train, validation)
+    return model, tokenizer, train, validation, collator
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Finetune and evaluate; return what `results.json` holds."""
+    glue, args = common.parse_args((GlueArguments, IVONTrainingArguments), argv)
+    check_arguments(glue)
+    common.check_output_dir(args)
+    set_seed(args.seed)
+    model, tokenizer, train, validation, collator = prepare(glue)
     trainer = IVONTrainer(
         model=model,
         args=args,
@@ -229,7 +240,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {
         "task": glue.task_name,
         "optimizer": getattr(args.optim, "value", args.optim),
-        "metric": task.metric,
+        "metric": TASKS[glue.task_name].metric,
         "seed": args.seed,
         "max_steps": trainer.state.max_steps,
         "train_seconds": next((r["train_runtime"] for r in trainer.state.log_history if "train_runtime" in r), None),
@@ -243,10 +254,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results["eval_num_samples"] = glue.eval_num_samples
     results["history"] = trainer.state.log_history
     common.write_results(args.output_dir, results)
-    averaged_results = results.get("averaged", {})
-    rows = [[name, value, averaged_results.get(name)] for name, value in results["mean"].items()]
-    print(common.table(rows, [f"{glue.task_name}, {results['optimizer']}", "mean", "averaged"]))
+    print_results(results)
     return results
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Print the metrics at the mean and averaged, side by side."""
+    averaged = results.get("averaged", {})
+    rows = [[name, value, averaged.get(name)] for name, value in results["mean"].items()]
+    print(common.table(rows, [f"{results['task']}, {results['optimizer']}", "mean", "averaged"]))
 
 
 if __name__ == "__main__":
