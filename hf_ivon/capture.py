@@ -40,6 +40,10 @@ _BROKEN = (
     "An earlier `with optimizer.sampled_params(train=True):` failed after its backward pass had begun, so `p.grad` is "
     "incomplete. Call `optimizer.zero_grad()` and repeat the step."
 )
+_SHARDED_SAMPLES = (
+    "Sharded parameters have one weight sample per step, so that contexts cannot be averaged, nor weighted. Set "
+    "`mc_samples=1` and run one training context per micro-batch, or train without sharding."
+)
 _AUTOGRAD_GRAD = (
     "`torch.autograd.grad` with respect to parameters was called inside `sampled_params(train=True)`; its gradients "
     "cannot be told from those of the training loss. Call `loss.backward()` here, and `torch.autograd.grad` outside."
@@ -231,11 +235,12 @@ class GradientCapture:
         """
         if distributed.world_size() == 1:
             return
-        for p in (params := list(params)):
+        whole = [p for p in params if not distributed.is_sharded(p)]  # sharded gradients come reduced
+        for p in whole:
             if p not in self._started:
                 self._started.add(p)
                 self._buffers[p] = self._clean_buffer(p, torch.empty_like(p, dtype=state_dtype(p)))
-        distributed.average_([self._buffers[p] for p in params])
+        distributed.average_([self._buffers[p] for p in whole])
 
     def curvature(self, p: Tensor) -> tuple[Tensor, float]:
         """Return the window's buffer for `p`, shape of `p`, and the number to divide it by."""
@@ -251,7 +256,7 @@ class GradientCapture:
 
     def _on_gradient(self, p: Tensor, grad: Tensor) -> Tensor | None:
         context = self._context
-        if context is None or p not in self._means:
+        if context is None or p not in self._means or distributed.is_sharded(p):
             return None
         if grad.is_sparse:
             raise RuntimeError(
@@ -265,10 +270,33 @@ class GradientCapture:
         return None if context.weight == 1.0 else grad * context.weight
 
     def _on_accumulated(self, p: Tensor) -> None:
-        if self._context is None or p not in self._means:
+        context = self._context
+        if context is None or p not in self._means:
             self._at_mean.add(p)
-        else:
-            self._context.accumulated.add(p)
+            return
+        context.accumulated.add(p)
+        if distributed.is_sharded(p):
+            self._on_reduced(context, p)
+
+    def _on_reduced(self, context: _Context, p: Tensor) -> None:
+        """Take in a sharded gradient, which is seen only after its reduction, and in the last micro-batch only.
+
+        All of the window's micro-batches had the same sample, so that its whole gradient goes with that noise: what
+        was captured before is in it, and is written over.
+
+        Raises:
+            RuntimeError: If contexts are weighted or averaged, or an earlier step's gradient is still there.
+        """
+        if context.weight != 1.0 or context.zeroed:
+            raise RuntimeError(_SHARDED_SAMPLES)
+        if p in context.before:
+            context.cleared.add(p.grad is not context.before[p][0])
+        elif p.grad is not None and self._stale.get(p) == (id(p.grad), p.grad._version):
+            raise RuntimeError(_STALE)
+        context.seen.add(p)
+        self._started.discard(p)
+        if not self._squared and p.grad is not None:
+            self._add_noise_grad(context, p, p.grad)
 
     def _check_first(self, context: _Context, p: Tensor) -> None:
         """Read off `p.grad`, before this context adds to it, whether the window's gradient was cleared."""
@@ -293,7 +321,8 @@ class GradientCapture:
             self._buffers[p] = self._clean_buffer(p, mean)
         factor = context.inverse_scale * context.weight
         with torch.no_grad():
-            for total, theta, m, g in cache_sized(self._buffers[p], p.detach(), mean, grad.detach()):
+            weights, gradient = distributed.local(p), distributed.local(grad)
+            for total, theta, m, g in cache_sized(self._buffers[p], weights, mean, gradient):
                 # The perturbation that was really applied: what rounding made of mean + noise, minus the mean.
                 noise = theta.to(m.dtype) - m
                 total.add_(noise.mul_(g).mul_(factor))
@@ -313,6 +342,9 @@ class GradientCapture:
             self._broken |= context.seen
             raise RuntimeError(_MIXED)
         self.averaged = cleared.pop()
+        if self.averaged and any(distributed.is_sharded(p) for p in context.seen):
+            self._broken |= context.seen
+            raise RuntimeError(_SHARDED_SAMPLES)
 
     def _average(self, context: _Context) -> None:
         """Make `p.grad` the running average over contexts, as it is the running sum when they add up."""

@@ -1,10 +1,12 @@
-"""Several processes that train one model: which one this is, and averages over all of them.
+"""Several processes that train one model: which one this is, averages over all of them, and sharded parameters.
 
-Data parallelism reduces `p.grad` by itself; what the optimizer captured beside it is averaged here.
+Data parallelism reduces `p.grad` by itself; what the optimizer captured beside it is averaged here. Sharded parameters
+(FSDP2's `fully_shard`) are DTensors; their state is sharded alike, and all work is done on the local shards.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -22,6 +24,62 @@ def world_size() -> int:
 def rank() -> int:
     """Return this process's number; 0 if torch.distributed is not in use."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a DTensor, as FSDP2 makes of parameters."""
+    module = sys.modules.get("torch.distributed.tensor")  # no DTensor exists unless it was imported
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's shard, sharing memory; any other tensor as it is, detached."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return the whole of a sharded tensor, which all processes must ask for; any other tensor as it is, detached."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def copy_full_(target: Tensor, source: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded.
+
+    Args:
+        target: Changed in place.
+        source: Shape of `target`, on any device.
+    """
+    if is_sharded(target):
+        start = shard_start(target)
+        part = local(target)
+        part.copy_(source.reshape(-1)[start : start + part.numel()].view(part.shape))
+    else:
+        target.copy_(source)
+
+
+def shard_start(tensor: Tensor) -> int:
+    """Return the position of this process's shard in the flattened whole; 0 if the tensor is not sharded.
+
+    Raises:
+        ValueError: If the shard is not a range of rows.
+    """
+    if not is_sharded(tensor):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    placements = tensor.placements  # type: ignore[attr-defined]
+    if not all(type(p).__name__ == "Replicate" or (type(p).__name__ == "Shard" and p.dim == 0) for p in placements):
+        raise ValueError(
+            f"Sharded parameters must be sharded by rows or replicated, got {placements}. Leave tensor parallelism "
+            f"out, or shard along dimension 0."
+        )
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape,
+        tensor.device_mesh,
+        placements,  # type: ignore[attr-defined]
+    )
+    return offset[0] * (tensor.numel() // tensor.shape[0]) if tensor.dim() and tensor.shape[0] else 0
 
 
 @torch.no_grad()

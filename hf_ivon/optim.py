@@ -195,7 +195,9 @@ class IVON(torch.optim.Optimizer):
             self._inside = True
             for index, (group, p) in enumerate(self._parameters()):
                 if p.requires_grad:
-                    key = (group["seed"], stream, rank, group["window"], draw, index)
+                    # A sharded parameter is one in all processes, and keeps its sample for the whole window (capture).
+                    r, d = (0, 1 if train else draw) if distributed.is_sharded(p) else (rank, draw)
+                    key = (group["seed"], stream, r, group["window"], d, index)
                     self._sampler.perturb(p, group, self._state(p, group), key)
             torch.clear_autocast_cache()  # autocast remembers casts of the weights as they were
             yield
@@ -293,6 +295,7 @@ class IVON(torch.optim.Optimizer):
         tensors = [mean, grad.to(mean.dtype), curvature, state["momentum"], state["hess"]]
         if "prior_mean" in state:
             tensors.append(state["prior_mean"])
+        tensors = [distributed.local(t) for t in tensors]
         for m, g, c, momentum, hess, *prior in functional.cache_sized(*tensors):
             hess_hat = c if divisor == 1.0 else c / divisor
             if group["hess_approx"] == "price":
@@ -304,7 +307,7 @@ class IVON(torch.optim.Optimizer):
             m.sub_(direction, alpha=lr)
         if mean.dtype != p.dtype:
             p.copy_(mean)
-        self._sampler.written[p] = p._version
+        self._sampler.written[p] = distributed.local(p)._version
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.param_groups:
@@ -318,9 +321,10 @@ class IVON(torch.optim.Optimizer):
         """Return the state of `p`, complete."""
         state = self.state[p]
         complete_state(p, group, state)
-        if "mean" in state and p not in self._sampler.means and self._sampler.written.get(p) != p._version:
+        version = distributed.local(p)._version
+        if "mean" in state and p not in self._sampler.means and self._sampler.written.get(p) != version:
             adopt_changes(p, state["mean"])
-            self._sampler.written[p] = p._version
+            self._sampler.written[p] = version
         return state
 
     def state_dict(self) -> dict[str, Any]:

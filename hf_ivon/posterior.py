@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_ivon import functional
+from hf_ivon import distributed, functional
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Posterior:
         base_model: str | None = None,
         base_revision: str | None = None,
     ) -> Posterior:
-        """Take the posterior that an optimizer holds at this moment.
+        """Take the posterior that an optimizer holds at this moment; if sharded, in all processes at once.
 
         Args:
             optimizer: The optimizer, outside of `sampled_params`.
@@ -179,7 +179,7 @@ class Posterior:
             raise ValueError(
                 "The optimizer must hold parameters of the model, got none of them. Pass the trained model."
             )
-        variance = {k: optimizer.posterior_variance(p).float().cpu() for k, p in params.items()}
+        variance = {k: distributed.full(optimizer.posterior_variance(p)).float().cpu() for k, p in params.items()}
         by_name: dict[str, dict[str, float]] = {
             o: {k: groups[p][o] for k, p in params.items()} for o in ("ess", "weight_decay", "hess_init")
         }
@@ -304,7 +304,7 @@ def mean_digest(mean: Mapping[str, Tensor], names: Iterable[str] | None = None) 
     """
     digest = hashlib.sha256()
     for name in sorted(mean if names is None else names):
-        tensor = mean[name].detach().cpu().contiguous()
+        tensor = distributed.full(mean[name]).cpu().contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ivon import functional
+from hf_ivon import distributed, functional
+
+# Draws of one generator: a shard then makes no more noise than its own, and the same as in one process.
+_BLOCK, _ACCELERATOR_BLOCK = 2**17, 2**24
 
 
 def generator_seed(*key: int) -> int:
@@ -42,7 +45,7 @@ class WeightSampler:
 
     @torch.no_grad()
     def perturb(self, p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], key: tuple[int, ...]) -> None:
-        """Write a weight sample into a parameter.
+        """Write a weight sample into a parameter; of a sharded one, the shard of the sample of the whole.
 
         Args:
             p: The parameter, holding its mean.
@@ -50,17 +53,31 @@ class WeightSampler:
             state: Its complete state; `hess`, and `mean` where the parameter's dtype is narrower than fp32.
             key: What the noise is a function of: 64-bit integers.
         """
-        mean = state.get("mean")
-        if mean is None:
-            mean = self._buffers.get(p)
-            if mean is None or mean.shape != p.shape or mean.device != p.device:
-                mean = self._buffers[p] = torch.empty_like(p, requires_grad=False)
-            mean.copy_(p)
+        weights = distributed.local(p)
+        if "mean" in state:
+            mean = distributed.local(state["mean"])
+        else:
+            kept = self._buffers.get(p)
+            if kept is None or kept.shape != weights.shape or kept.device != weights.device:
+                kept = self._buffers[p] = torch.empty_like(weights)
+            mean = kept.copy_(weights)
         self.means[p] = mean
-        generator = self._generator(p.device, key)
-        for theta, m, hess in functional.cache_sized(p.detach(), mean, state["hess"]):
-            noise = torch.randn(m.shape, generator=generator, device=m.device, dtype=m.dtype)
+        position, total = distributed.shard_start(p), p.numel()
+        for theta, m, hess in functional.cache_sized(weights, mean, distributed.local(state["hess"])):
+            noise = self._noise(m, position, total, key)
             theta.copy_(functional.sample(m, hess, noise, ess=group["ess"], weight_decay=group["weight_decay"]))
+            position += m.numel()
+
+    def _noise(self, like: Tensor, start: int, total: int, key: tuple[int, ...]) -> Tensor:
+        """Return standard normal draws for a range of a flattened tensor, the same however the tensor is cut."""
+        size = _BLOCK if like.device.type == "cpu" else _ACCELERATOR_BLOCK
+        pieces = []
+        for block in range(start // size, -(-(start + like.numel()) // size)):
+            begin = block * size
+            generator = self._generator(like.device, (*key, block))
+            draws = torch.randn(min(size, total - begin), generator=generator, device=like.device, dtype=like.dtype)
+            pieces.append(draws[max(0, start - begin) : start + like.numel() - begin])
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else like.new_empty(0)).view(like.shape)
 
     def restore(self) -> None:
         """Write the means back; an interrupt in between is raised after all of them are in place."""
@@ -74,8 +91,9 @@ class WeightSampler:
     @torch.no_grad()
     def _write_means(self) -> None:
         for p, mean in self.means.items():
-            p.copy_(mean)
-            self.written[p] = p._version
+            weights = distributed.local(p)
+            weights.copy_(mean)
+            self.written[p] = weights._version
 
     def _generator(self, device: torch.device, key: tuple[int, ...]) -> torch.Generator:
         """Return a generator whose draws depend on the key alone: nothing of it needs to be saved."""

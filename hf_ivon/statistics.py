@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ivon import functional
+from hf_ivon import distributed, functional
 
 _QUANTILES = (0.01, 0.5, 0.99)
 
@@ -18,7 +18,7 @@ _QUANTILES = (0.01, 0.5, 0.99)
 def posterior_statistics(
     entries: Iterable[tuple[Mapping[str, Any], Tensor, Mapping[str, Any]]], max_elements: int
 ) -> dict[str, float]:
-    """Summarize a posterior from an even subset of its weights.
+    """Summarize a posterior from an even subset of its weights; of sharded ones, of this process's shard.
 
     Args:
         entries: Group options, parameter (holding the mean) and complete state of each trained parameter.
@@ -35,7 +35,7 @@ def posterior_statistics(
     for group, p, state in entries:
 
         def pick(t: Tensor) -> Tensor:
-            return t.reshape(-1)[::stride].float()
+            return distributed.local(t).reshape(-1)[::stride].float()
 
         mean, hess = pick(state.get("mean", p.detach())), pick(state["hess"])
         delta = group["weight_decay"]

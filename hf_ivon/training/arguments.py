@@ -231,13 +231,16 @@ def check_supported(args: TrainingArguments) -> None:
     Raises:
         ValueError: If they ask for it; the message names the alternative.
     """
+    version = int((args.fsdp_config or {}).get("version", 2))
+    samples = IVONTrainingArguments.ivon_options(args)["mc_samples"] if args.optim == "ivon" else 1
     refused = {
         "DeepSpeed (it steps inside the backward pass)": (args.deepspeed_plugin is not None, "Leave out --deepspeed"),
-        "FSDP": (bool(args.fsdp), "Leave out --fsdp: several processes then train with DistributedDataParallel"),
+        "FSDP1": (bool(args.fsdp) and version == 1, "Set version 2 in --fsdp_config"),
+        "mc_samples above 1 with FSDP": (bool(args.fsdp) and samples > 1, "Set it to 1"),
     }
     for what, (asked, remedy) in refused.items():
         if asked:
-            raise ValueError(f"optim='ivon' does not support {what} yet. {remedy}, or choose another `optim`.")
+            raise ValueError(f"optim='ivon' does not support {what}. {remedy}, or choose another `optim`.")
 
 
 def _flags(args: TrainingArguments) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import Trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.trainer_utils import HubStrategy
 
+from hf_ivon import distributed
 from hf_ivon.checkpoint import load_posterior, posterior_files, save_posterior
 from hf_ivon.optim import IVON
 from hf_ivon.posterior import Posterior, posterior_keys
@@ -208,8 +209,12 @@ class IVONTrainerMixin:
             output_dir: Where to; None is the output directory.
             _internal_call: Whether a checkpoint or a push is being made.
         """
-        if self.ivon is not None and self.args.should_save:
-            save_posterior(self.posterior(), output_dir or self.args.output_dir)
+        if self.ivon is not None:
+            sharded = any(distributed.is_sharded(p) for p in self.model.parameters())
+            if self.args.should_save or sharded:  # a sharded one is gathered, by all processes
+                posterior = self.posterior()
+                if self.args.should_save:
+                    save_posterior(posterior, output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -234,7 +239,7 @@ class IVONTrainerMixin:
         with torch.no_grad():
             for name, p in posterior_keys(self.model).items():
                 if name in posterior.variance:
-                    ivon.state[p]["hess"].copy_(posterior.hess(name))
+                    distributed.copy_full_(ivon.state[p]["hess"], posterior.hess(name))
         # Saved again, the variances shall be the file's to the last bit, which a way through `hess` could round.
         self._restored = (ivon.param_groups[0]["window"], posterior)
 
