@@ -57,6 +57,7 @@ class _Context:
     weight: float
     inverse_scale: float | Tensor
     before: dict[Tensor, tuple[Tensor, int]]
+    stale: dict[Tensor, Tensor | None]
     zeroed: bool = False
     seen: set[Tensor] = field(default_factory=set)
     accumulated: set[Tensor] = field(default_factory=set)
@@ -141,7 +142,9 @@ class GradientCapture:
             self.clear()
         before = {p: (p.grad, p.grad._version) for p in self.captured if p.grad is not None}
         inverse_scale = 1.0 if grad_scale is None else 1.0 / grad_scale
-        self._context = _Context(weight, inverse_scale, before)
+        # Sharded gradients are seen when they were added to; what they were added to must be known from before.
+        stale = {p: p.grad for p in self._stale if distributed.is_sharded(p) and self._is_stale(p)}
+        self._context = _Context(weight, inverse_scale, before, stale)
         self.entered += 1
         return dropped
 
@@ -219,8 +222,7 @@ class GradientCapture:
         shared = self.contexts > 0 and distributed.world_size() > 1
         for p in params:
             if (p not in self.captured and not shared) or p in self._at_mean:
-                stale = p.grad is not None and self._stale.get(p) == (id(p.grad), p.grad._version)
-                raise RuntimeError(_STALE if stale else _AT_MEAN.format(name=names.get(p, "?")))
+                raise RuntimeError(_STALE if self._is_stale(p) else _AT_MEAN.format(name=names.get(p, "?")))
         if self.contexts % mc_samples:
             raise RuntimeError(
                 f"`mc_samples` is {mc_samples}, but this step ran {self.contexts} training context(s). Run a multiple "
@@ -287,13 +289,13 @@ class GradientCapture:
         Raises:
             RuntimeError: If contexts are weighted or averaged, or an earlier step's gradient is still there.
         """
+        context.seen.add(p)
         if context.weight != 1.0 or context.zeroed:
             raise RuntimeError(_SHARDED_SAMPLES)
         if p in context.before:
             context.cleared.add(p.grad is not context.before[p][0])
-        elif p.grad is not None and self._stale.get(p) == (id(p.grad), p.grad._version):
+        elif p.grad is not None and context.stale.get(p) is p.grad:
             raise RuntimeError(_STALE)
-        context.seen.add(p)
         self._started.discard(p)
         if not self._squared and p.grad is not None:
             self._add_noise_grad(context, p, p.grad)
@@ -311,8 +313,12 @@ class GradientCapture:
                     "Zero them by `optimizer.zero_grad()`, and clip them after the backward pass."
                 )
             context.cleared.add(context.zeroed or p.grad is None)
-        elif p.grad is not None and self._stale.get(p) == (id(p.grad), p.grad._version):
+        elif self._is_stale(p):
             raise RuntimeError(_STALE)
+
+    def _is_stale(self, p: Tensor) -> bool:
+        """Tell whether `p.grad` is as the last step left it."""
+        return p.grad is not None and self._stale.get(p) == (id(p.grad), p.grad._version)
 
     def _add_noise_grad(self, context: _Context, p: Tensor, grad: Tensor) -> None:
         mean = self._means[p]

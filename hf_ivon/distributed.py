@@ -58,6 +58,19 @@ def copy_full_(target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
 
+def reshard() -> None:
+    """Free the whole copies of sharded parameters that FSDP2 keeps after a forward pass without a backward pass.
+
+    The next forward pass would otherwise run on them, and not on what was written to the shards since.
+    """
+    from torch.distributed._composable_state import _module_state_mapping  # the only list of modules that there is
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def shard_start(tensor: Tensor) -> int:
     """Return the position of this process's shard in the flattened whole; 0 if the tensor is not sharded.
 

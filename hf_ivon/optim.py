@@ -199,13 +199,12 @@ class IVON(torch.optim.Optimizer):
                     r, d = (0, 1 if train else draw) if distributed.is_sharded(p) else (rank, draw)
                     key = (group["seed"], stream, r, group["window"], d, index)
                     self._sampler.perturb(p, group, self._state(p, group), key)
-            torch.clear_autocast_cache()  # autocast remembers casts of the weights as they were
+            self._sampler.forget_copies()
             yield
             failed = False
         finally:
             self._sampler.restore()
             self._inside = False
-            torch.clear_autocast_cache()
             if train:
                 self._capture.end(failed)
 

@@ -86,7 +86,14 @@ class WeightSampler:
         except BaseException:  # restoring twice is harmless, half is not
             self._write_means()
             raise
+        self.forget_copies()
         self.means.clear()
+
+    def forget_copies(self) -> None:
+        """Drop copies of the weights as they were: casts that autocast keeps, whole tensors that FSDP keeps."""
+        torch.clear_autocast_cache()
+        if any(distributed.is_sharded(p) for p in self.means):
+            distributed.reshard()
 
     @torch.no_grad()
     def _write_means(self) -> None:

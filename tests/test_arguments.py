@@ -110,7 +110,8 @@ def test_optim_args_fill_the_same_options():
         ({"learning_rate": -1.0}, r"`learning_rate` must be a number of at least 0"),
         ({"learning_rate": "fast"}, r"`learning_rate` must be a number, got 'fast'"),
         ({"weight_decay": -1e-5}, r"`weight_decay` must be a number of at least 0"),
-        ({"fsdp": "full_shard"}, r"does not support FSDP yet\. Leave out --fsdp"),
+        ({"fsdp": "full_shard", "fsdp_config": {"version": 1}}, r"does not support FSDP1\. Set version 2"),
+        ({"fsdp": "full_shard", "ivon_mc_samples": 2}, r"does not support mc_samples above 1 with FSDP\. Set it to 1"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(settings, message):
@@ -119,16 +120,12 @@ def test_bad_settings_are_refused_by_name(settings, message):
         make(**settings)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [({"deepspeed_plugin": object()}, "DeepSpeed"), ({"fsdp": True}, "FSDP")],
-)
-def test_unsupported_backends_are_refused(given, message):
-    """A combination that computes something wrong would train to the end."""
-    fine = {"deepspeed_plugin": None, "fsdp": None}
+def test_deepspeed_is_refused():
+    """Its step runs inside the backward pass, at the weight sample."""
+    fine = {"deepspeed_plugin": None, "fsdp": None, "fsdp_config": None, "optim": "adamw_torch"}
     check_supported(SimpleNamespace(**fine))
-    with pytest.raises(ValueError, match=message):
-        check_supported(SimpleNamespace(**{**fine, **given}))
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        check_supported(SimpleNamespace(**{**fine, "deepspeed_plugin": object()}))
 
 
 def test_help_describes_every_option(capsys):

@@ -41,6 +41,11 @@ def loss_of(model, step, rank, micro, world_size):
 def train(model, optimizer, rank, world_size, steps, each=False):
     """As the Trainer does: gradients are reduced in the last micro-batch only, unless in each."""
     for step in steps:
+        # A forward pass alone leaves whole copies of the weights behind, of the mean and of a sample.
+        with torch.no_grad():
+            model(batch(step, rank, 0, world_size)[0])
+            with optimizer.sampled_params():
+                model(batch(step, rank, 0, world_size)[0])
         for micro in range(MICRO):
             model.set_requires_gradient_sync(each or micro == MICRO - 1)
             with optimizer.sampled_params(train=True):
@@ -161,6 +166,27 @@ def mistake(rank, world_size, weight, zero):
 def test_samples_that_shards_cannot_have_are_refused(tmp_path, weight, zero):
     """Averaging samples of one shard would pair gradients with another sample's noise."""
     assert processes.run(mistake, 2, tmp_path, weight, zero) == [True, True]
+
+
+def stale(rank, world_size, clear):
+    model = sharded()
+    optimizer = IVON(model.parameters(), **OPTIONS)
+    for step in range(3):
+        with optimizer.sampled_params(train=True):
+            if clear and step:
+                model.zero_grad()
+            try:
+                loss_of(model, step, rank, 0, world_size).backward()
+            except RuntimeError as err:
+                return "Gradients of an earlier step" in str(err)
+        optimizer.step()
+    return False
+
+
+@pytest.mark.parametrize("clear", [False, True])
+def test_gradients_that_were_not_cleared_are_told_apart(tmp_path, clear):
+    """A new gradient in the place of the cleared one was taken for the old one; a real old one must be refused."""
+    assert processes.run(stale, 2, tmp_path, clear) == [not clear] * 2
 
 
 def test_noise_does_not_depend_on_how_a_tensor_is_cut():

@@ -262,8 +262,8 @@ def test_a_given_optimizer_is_used_as_it_is(tmp_path):
         config = load_posterior(tmp_path / "saved", model).config
         assert (config.ess, config.num_examples, config.steps) == (100.0, 5, 1)
     late = IVONTrainer(model=model, args=plain(), train_dataset=tiny.text(5), optimizers=(ivon, None))
-    late.args.fsdp = True
-    with pytest.raises(ValueError, match="does not support FSDP"):
+    late.args.fsdp, late.args.fsdp_config = True, {"version": 1}
+    with pytest.raises(ValueError, match="does not support FSDP1"):
         late.create_optimizer()
 
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import json, os, sys
 import torch
+from accelerate import DistributedType, PartialState
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 
@@ -32,6 +33,8 @@ class Die(TrainerCallback):
 
 if __name__ == "__main__":
     (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+    if args.fsdp:  # Accelerate shards on accelerators only; this opens that road on the CPU
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     torch.manual_seed(0)
     sizes = dict(vocab_size=29, n_positions=8, n_embd=16, n_layer=1, n_head=2)
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
@@ -40,11 +43,17 @@ if __name__ == "__main__":
     trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[Die()])
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    total = sum(float(p.double().sum()) for p in model.parameters())
-    hess = sum(float(trainer.ivon.state[p]["hess"].double().sum()) for p in model.parameters())
+    whole = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t
+    total = sum(float(whole(p).double().sum()) for p in trainer.model.parameters())
+    hess = sum(float(whole(trainer.ivon.state[p]["hess"]).double().sum()) for p in trainer.model.parameters())
     logged = [r for r in trainer.state.log_history if "loss" in r]
     with open(f"rank-{args.process_index}.json", "w") as file:
-        json.dump({"mean": total, "hess": hess, "steps": trainer.state.global_step, "log": logged}, file)
+        sharded = all(hasattr(p, "full_tensor") for p in trainer.model.parameters())
+        found = {"sharded": sharded, "mean": total, "hess": hess, "log": logged}
+        json.dump({**found, "steps": trainer.state.global_step}, file)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 """
 SETTINGS = {
     "optim": "ivon",
@@ -135,3 +144,20 @@ def test_trl_scripts_in_two_processes(work, name, data, lora):
     posterior = load_posterior(work / "out")
     assert posterior.config.steps == 3
     assert all("lora_" in key for key in posterior.names()) is lora
+
+
+FSDP = json.dumps({"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"], "state_dict_type": "FULL_STATE_DICT"})
+
+
+def test_trainer_shards_with_fsdp2(tmp_path):
+    """Through the Trainer: trained, saved with the posterior in every directory, and resumed bit for bit."""
+    settings = {"fsdp": "full_shard", "fsdp_config": FSDP}
+    straight = train(tmp_path / "straight", **settings)
+    for directory in ("checkpoint-3", "checkpoint-6", "."):
+        config = load_posterior(tmp_path / "straight" / "out" / directory).config
+    assert config.steps == 6
+    assert straight[0]["sharded"]
+    assert straight[0]["steps"] == 6
+    train(tmp_path / "resumed", resume_from_checkpoint=tmp_path / "straight" / "out" / "checkpoint-3", **settings)
+    for file in ("model.safetensors", "posterior.safetensors"):
+        assert same(tmp_path / "straight" / "out" / file, tmp_path / "resumed" / "out" / file)
