@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LOWEST := $(VENV)/lowest
+TRAINER_TESTS := $(addprefix tests/test_,trainer.py trainer_saving.py resume.py auto.py arguments.py ess.py accelerate.py)
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-lowest test-slow lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,6 +24,13 @@ demo: $(READY) ## Train a small GPT-2 with AdamW and with IVON, offline, and sho
 
 test: $(READY) ## Run the test suite, except what is marked slow
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
+
+$(LOWEST)/.ready: $(READY) tests/lowest.txt
+	$(BIN)/python -m pip install --quiet --upgrade --target $(LOWEST) --no-deps --requirement tests/lowest.txt
+	touch $@
+
+test-lowest: $(LOWEST)/.ready ## Run the Trainer's tests with the oldest Transformers that is supported
+	PYTHONPATH=$(CURDIR)/$(LOWEST) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" $(TRAINER_TESTS)
 
 test-slow: $(READY) ## Run the tests that are marked slow
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"

@@ -291,10 +291,8 @@ class IVON(torch.optim.Optimizer):
         delta = group["weight_decay"]
         mean = state.get("mean", p.detach())
         curvature, divisor = self._capture.curvature(p)
-        tensors = [mean, grad.to(mean.dtype), curvature, state["momentum"], state["hess"]]
-        if "prior_mean" in state:
-            tensors.append(state["prior_mean"])
-        tensors = [distributed.local(t) for t in tensors]
+        kept = [state[name] for name in ("momentum", "hess", "prior_mean") if name in state]
+        tensors = [distributed.local(t) for t in (mean, grad.to(mean.dtype), curvature, *kept)]
         for m, g, c, momentum, hess, *prior in functional.cache_sized(*tensors):
             hess_hat = c if divisor == 1.0 else c / divisor
             if group["hess_approx"] == "price":
@@ -350,9 +348,7 @@ class IVON(torch.optim.Optimizer):
             ValueError: If the state is another optimizer's, or its tensors do not fit; nothing is changed then.
         """
         if self._inside:
-            raise RuntimeError(
-                "`load_state_dict()` must not be called inside `sampled_params`. Leave the block first."
-            )
+            raise RuntimeError("`load_state_dict()` must not be called inside `sampled_params`. Leave the block.")
         saved = match_saved_state((p for _, p in self._parameters()), state_dict)
         super().load_state_dict(dict(state_dict))
         # torch casts floating-point state to the parameter's dtype; a Hessian in bf16 would stand still.

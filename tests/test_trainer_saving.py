@@ -126,6 +126,11 @@ def test_a_best_model_without_posterior_is_an_error(tmp_path):
         trainer.train()
 
 
+needs_hub_client = pytest.mark.skipif(
+    not hasattr(transformers.trainer, "hf_api"), reason="this release has no client that can be replaced"
+)
+
+
 class Hub:
     """Stands for the Hub's client: reads what would be uploaded at the time of the call."""
 
@@ -142,6 +147,7 @@ class Hub:
         return done if run_as_future else None
 
 
+@needs_hub_client
 def test_every_push_holds_the_pair(tmp_path, monkeypatch):
     """A push in the middle of training would upload a mean without its posterior, or with an older one."""
     hub = Hub()
@@ -166,6 +172,7 @@ def test_every_push_holds_the_pair(tmp_path, monkeypatch):
     assert {"ivon", "posterior"} <= set(tags)
 
 
+@needs_hub_client
 def test_no_push_leaves_the_output_directory_alone(tmp_path, monkeypatch):
     """Without a push the directory would get a posterior that belongs to none of its means."""
     monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
