@@ -35,12 +35,14 @@ __all__ = [
     "PosteriorFormatError",
     "__version__",
     "load_posterior",
+    "merge",
     "posterior_perplexity",
     "posterior_predict",
     "save_posterior",
 ]
 
 if TYPE_CHECKING:
+    from hf_ivon import merge as merge
     from hf_ivon.checkpoint import PosteriorFormatError, load_posterior, save_posterior
     from hf_ivon.optim import IVON
     from hf_ivon.posterior import Posterior
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
+    if name == "merge":
+        return importlib.import_module(f"{__name__}.merge")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

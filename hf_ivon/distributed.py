@@ -87,11 +87,8 @@ def shard_start(tensor: Tensor) -> int:
             f"Sharded parameters must be sharded by rows or replicated, got {placements}. Leave tensor parallelism "
             f"out, or shard along dimension 0."
         )
-    _, offset = compute_local_shape_and_global_offset(
-        tensor.shape,
-        tensor.device_mesh,
-        placements,  # type: ignore[attr-defined]
-    )
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     return offset[0] * (tensor.numel() // tensor.shape[0]) if tensor.dim() and tensor.shape[0] else 0
 
 

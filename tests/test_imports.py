@@ -7,7 +7,7 @@ import pytest
 
 import hf_ivon
 
-LIGHT = ["optim", "posterior", "checkpoint", "metrics", "predict"]
+LIGHT = ["optim", "posterior", "checkpoint", "metrics", "predict", "merge"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -83,10 +83,13 @@ def test_trl_scripts_run_as_shipped(work, name, data, lora):
 
 SENTENCE_TRANSFORMERS = """
 import datasets
+from peft import LoraConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, losses, models
 from sentence_transformers import SentenceTransformerTrainingArguments
 
 word = models.Transformer("bert", max_seq_length=32)
+if {lora}:
+    word.auto_model.add_adapter(LoraConfig(r=2, target_modules=["query", "value"]))
 model = SentenceTransformer(modules=[word, models.Pooling(word.get_word_embedding_dimension())], device="cpu")
 rows = [{{"a": f"number {{i}}", "b": f"the number {{i}}", "label": i % 3}} for i in range(16)]
 args = SentenceTransformerTrainingArguments(
@@ -94,23 +97,32 @@ args = SentenceTransformerTrainingArguments(
     per_device_train_batch_size=4, save_steps=2, report_to="none", use_cpu=True, logging_steps=1,
 )
 loss = losses.SoftmaxLoss(model, model.get_sentence_embedding_dimension(), num_labels=3)
+base = [p for p in model.parameters() if not p.requires_grad]
+before = [p.detach().clone() for p in base]
 start = loss.classifier.weight.detach().clone()
 trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), loss=loss)
 trainer.train()
 trainer.save_model()
-print("moved", bool((loss.classifier.weight != start).any()), type(trainer.optimizer.optimizer).__name__)
+same = all(bool((p == q).all()) for p, q in zip(base, before))
+print("moved", bool((loss.classifier.weight != start).any()), same, type(trainer.optimizer.optimizer).__name__)
 """
 
 
 @pytest.mark.slow
-def test_sentence_transformers_trainer_as_shipped(work):
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sentence_transformers_trainer_as_shipped(work, processes, lora):
     """Its losses have weights of their own, which must be trained too; its model is no PreTrainedModel."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "gpt2")
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertModel(BertConfig(**sizes, intermediate_size=32)).save_pretrained(work / "bert")
     tokenizer.save_pretrained(work / "bert")
-    (work / "script.py").write_text(SENTENCE_TRANSFORMERS.format())
-    output = launch(work, "-m", "hf_ivon", "run", "script.py")
-    assert "moved True IVON" in output
+    (work / "script.py").write_text(SENTENCE_TRANSFORMERS.format(lora=lora))
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    torchrun += ["--rdzv_endpoint", "localhost:0"]
+    output = launch(work, *(torchrun if processes == 2 else []), "-m", "hf_ivon", "run", "script.py")
+    assert output.count("moved True True IVON") == processes
     assert load_posterior(work / "out" / "checkpoint-3").config.steps == 3
-    assert load_posterior(work / "out").config.num_examples == 16
+    posterior = load_posterior(work / "out")
+    assert posterior.config.num_examples == 16
+    assert all("lora_" in name for name in posterior.names()) is lora

@@ -1,0 +1,193 @@
+r"""The rules that make one tensor out of several, one pure function each.
+
+Notation: :math:`\theta_0` = `base`, :math:`\theta_t` = `models[t]`, :math:`\alpha_t` = `weights[t]`,
+:math:`H_t` = `hessians[t]`, the Hessian of the summed loss of model t, that is N times IVON's `hess`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def average(models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    r"""Return the weighted average, :math:`\sum_t \alpha_t \theta_t / \sum_t \alpha_t`.
+
+    Args:
+        models: Tensors of one shape.
+        weights: One number per model; their sum must not be zero.
+
+    Returns:
+        Tensor of that shape.
+
+    Examples:
+        >>> average([torch.tensor([1.0]), torch.tensor([4.0])], [2.0, 1.0])
+        tensor([2.])
+    """
+    total = float(sum(weights))
+    return _sum(models, [w / total for w in weights])
+
+
+def task_arithmetic(base: Tensor, models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    r"""Return :math:`\theta_0 + \sum_t \alpha_t (\theta_t - \theta_0)`.
+
+    Args:
+        base: Weights that every model was finetuned from.
+        models: Tensors of its shape.
+        weights: One number per model.
+
+    Returns:
+        Tensor of that shape.
+
+    Source:
+        Ilharco et al., arXiv:2212.04089, Section 2.
+
+    Examples:
+        >>> task_arithmetic(torch.tensor([1.0]), [torch.tensor([2.0]), torch.tensor([5.0])], [1.0, 0.5])
+        tensor([4.])
+    """
+    return base + _sum([m - base for m in models], weights)
+
+
+def uncertainty(
+    base: Tensor, models: Sequence[Tensor], hessians: Sequence[Tensor], base_hessian: Tensor, weights: Sequence[float]
+) -> Tensor:
+    r"""Return the minimizer of all losses together, to first order in what separates it from the models.
+
+    Model t minimizes its own loss with the base's, :math:`\ell_t(\theta) + \frac12 \|\theta-\theta_0\|^2_{H_0}`, so
+    that :math:`\nabla \ell_t(\theta_t) = -H_0 (\theta_t - \theta_0)`. The merge shall minimize
+    :math:`\sum_t \alpha_t \ell_t(\theta) + \frac12 \|\theta-\theta_0\|^2_{H_0}`, so that
+    :math:`H_0 (\theta - \theta_0) = -\sum_t \alpha_t \nabla \ell_t(\theta)`. With
+    :math:`\nabla \ell_t(\theta) \approx \nabla \ell_t(\theta_t) + H_t (\theta - \theta_t)` this becomes
+
+    .. math:: \theta = \theta_0 + \sum_t \alpha_t (H_0 + \sum_s \alpha_s H_s)^{-1} (H_0 + H_t)(\theta_t - \theta_0)
+
+    One power of :math:`\alpha_t` stands before each model and one in the sum; for :math:`\alpha_t = 1` it is the
+    equation of the paper.
+
+    Args:
+        base: Weights that every model was finetuned from.
+        models: Tensors of its shape.
+        hessians: One per model, of its shape, at least 0, loss/param².
+        base_hessian: That of the base, of its shape or a single number, at least 0; where all are 0, the base stays.
+        weights: One number per model, at least 0.
+
+    Returns:
+        Tensor of that shape.
+
+    Source:
+        Daheim et al., arXiv:2310.12808, Equation 12; arXiv:2402.17641, Appendix C.5.
+
+    Examples:
+        >>> base, one = torch.tensor([0.0]), torch.tensor([1.0])
+        >>> uncertainty(base, [one, -one], [3 * one, one], one, [1.0, 1.0])
+        tensor([0.4000])
+    """
+    total = base_hessian + _sum(hessians, weights)
+    moved = _sum([(base_hessian + h) * (m - base) for h, m in zip(hessians, models, strict=True)], weights)
+    return base + torch.where(total > 0, moved / total, torch.zeros_like(moved))
+
+
+def gaussian(
+    models: Sequence[Tensor], precisions: Sequence[Tensor], weights: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    r"""Return mean and precision of the weighted product of Gaussians, :math:`\prod_t q_t^{\alpha_t}`.
+
+    The precision is :math:`P = \sum_t \alpha_t P_t` and the mean :math:`P^{-1} \sum_t \alpha_t P_t \theta_t`.
+
+    Args:
+        models: Means, tensors of one shape.
+        precisions: One per model, of that shape, > 0, 1/param².
+        weights: One number per model, at least 0, not all 0.
+
+    Returns:
+        Mean and precision, tensors of that shape.
+
+    Source:
+        arXiv:2412.08147, Section 3.
+
+    Examples:
+        >>> one = torch.tensor([1.0])
+        >>> gaussian([one, 5 * one], [3 * one, one], [1.0, 1.0])
+        (tensor([2.]), tensor([4.]))
+    """
+    precision = _sum(precisions, weights)
+    return _sum([p * m for p, m in zip(precisions, models, strict=True)], weights) / precision, precision
+
+
+def fisher(models: Sequence[Tensor], hessians: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    r"""Return the average weighted by curvature, :math:`\sum_t \alpha_t H_t \theta_t / \sum_t \alpha_t H_t`.
+
+    Args:
+        models: Tensors of one shape.
+        hessians: One per model, of that shape, at least 0, loss/param²; where all are 0 the plain average is taken.
+        weights: One number per model, at least 0.
+
+    Returns:
+        Tensor of that shape.
+
+    Source:
+        Matena and Raffel, arXiv:2111.09832, Equation 5.
+
+    Examples:
+        >>> one = torch.tensor([1.0, 1.0])
+        >>> fisher([one, 5 * one], [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])], [1.0, 1.0])
+        tensor([2., 3.])
+    """
+    total = _sum(hessians, weights)
+    weighted = _sum([h * m for h, m in zip(hessians, models, strict=True)], weights)
+    return torch.where(total > 0, weighted / total, average(models, weights))
+
+
+def ties(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
+    """Return the base with the models' differences trimmed, their signs elected and the agreeing ones averaged.
+
+    Args:
+        base: Weights that every model was finetuned from.
+        models: Tensors of its shape.
+        weights: One number per model.
+        density: Share of each difference that is kept, the largest, in (0, 1].
+
+    Returns:
+        Tensor of that shape.
+
+    Source:
+        Yadav et al., arXiv:2306.01708; PEFT's `ties`.
+    """
+    from peft.utils.merge_utils import ties as peft_ties
+
+    return base + peft_ties([m - base for m in models], torch.tensor(weights, dtype=base.dtype), density)
+
+
+def dare(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], density: float, seed: int) -> Tensor:
+    """Return the base with the models' differences dropped at random, rescaled and added.
+
+    Args:
+        base: Weights that every model was finetuned from.
+        models: Tensors of its shape.
+        weights: One number per model.
+        density: Share of each difference that is kept, in (0, 1].
+        seed: Of what is dropped.
+
+    Returns:
+        Tensor of that shape.
+
+    Source:
+        Yu et al., arXiv:2311.03099; PEFT's `dare_linear`.
+    """
+    from peft.utils.merge_utils import dare_linear
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return base + dare_linear([m - base for m in models], torch.tensor(weights, dtype=base.dtype), density)
+
+
+def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    if len(tensors) != len(weights) or not tensors:
+        raise ValueError(f"`weights` must be one per model, got {len(weights)} for {len(tensors)}. Give one each.")
+    total = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total = total + tensor * weight
+    return total

@@ -1,0 +1,238 @@
+"""What a merge will do, and everything that is wrong with it, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_ivon.merge.files import Checkpoint, Entry
+
+NEEDS_BASE = ("uncertainty", "task-arithmetic", "ties", "dare")
+NEEDS_POSTERIOR = ("uncertainty", "gaussian", "fisher")
+METHODS = ("uncertainty", "gaussian", "fisher", "average", "task-arithmetic", "ties", "dare")
+
+
+@dataclass
+class Plan:
+    """A merge that can be run.
+
+    Attributes:
+        models: The models, in the user's order.
+        base: What they were finetuned from; None for methods that do not need it.
+        method: The rule.
+        weights: One number per model.
+        layout: Name, dtype and shape of every tensor of the result.
+        merged: Names that the rule is applied to.
+        kept: Names that are taken from one model.
+        dropped: Names that are left out.
+        base_prefix: What the base's names lack in front, such as "bert.".
+    """
+
+    models: list[Checkpoint]
+    base: Checkpoint | None
+    method: str
+    weights: list[float]
+    layout: dict[str, Entry]
+    merged: list[str]
+    kept: dict[str, Checkpoint]
+    dropped: list[str]
+    base_prefix: str
+
+    def base_name(self, name: str) -> str:
+        """Return a tensor's name in the base."""
+        return name.removeprefix(self.base_prefix)
+
+    def has_posterior(self, name: str) -> bool:
+        """Tell whether every model has a variance for a tensor."""
+        return all(m.posterior is not None and name in m.posterior.entries for m in self.models)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the plan in JSON types."""
+        size = sum(e.dtype.itemsize * _count(e.shape) for e in self.layout.values())
+        plain = [n for n in self.merged if self.method in NEEDS_POSTERIOR and not self.has_posterior(n)]
+        return {
+            "method": self.method,
+            "base_model": None if self.base is None else self.base.name,
+            "models": [m.name for m in self.models],
+            "weights": self.weights,
+            "num_tensors": len(self.layout),
+            "num_merged": len(self.merged),
+            "num_bytes": size,
+            "kept": {name: model.name for name, model in self.kept.items()},
+            "dropped": self.dropped,
+            "without_posterior": plain,
+        }
+
+
+def make_plan(
+    models: Sequence[str],
+    base_model: str | None,
+    *,
+    method: str,
+    weights: Sequence[float] | None,
+    heads: str | None,
+    revisions: Sequence[str | None] | None,
+    output_dir: Path,
+    density: float,
+) -> Plan:
+    """Look at all files' headers and return the plan.
+
+    Args:
+        models: Directories or repositories.
+        base_model: What they were finetuned from.
+        method: The rule.
+        weights: One number per model; None is 1 each.
+        heads: What to do with tensors that differ: None, "drop" or "keep:MODEL".
+        revisions: One per model; None is the newest.
+        output_dir: Where the result goes.
+        density: Share that `ties` and `dare` keep.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If anything is wrong; all problems are named.
+    """
+    problems = _settings_problems(models, base_model, method, weights, revisions, output_dir, density)
+    given = list(revisions or [None] * len(models))
+    opened = [Checkpoint.open(m, r, problems) for m, r in zip(models, given, strict=False)]
+    base = None
+    if base_model is not None and method in NEEDS_BASE:
+        base = Checkpoint.open(base_model, None, problems)
+    if method in NEEDS_POSTERIOR:
+        problems += [
+            f"{m.name} has no posterior, which {method} needs: train it with IVON, or choose --method average"
+            for m in opened
+            if m.posterior is None
+        ]
+    problems += _posterior_problems([m for m in [*opened, base] if m is not None])
+    if len({m.is_adapter for m in opened}) > 1:
+        problems.append("adapters and whole models cannot be merged with each other")
+    problems += _tokenizer_problems(opened)
+    common, different = _compare(opened)
+    prefix = _base_prefix(common, base)
+    if base is not None:
+        lost = [n for n in common if not _same(base, n.removeprefix(prefix), opened[0].tensors.entries[n])]
+        different += lost
+        common = [n for n in common if n not in set(lost)]
+    kept, dropped = _settle(different, heads, opened, problems)
+    if not common and not problems:
+        problems.append("the models have no tensor in common")
+    if problems:
+        raise ValueError("The models cannot be merged: " + "; ".join(dict.fromkeys(problems)) + ".")
+    layout = {n: opened[0].tensors.entries[n] for n in common} | {n: m.tensors.entries[n] for n, m in kept.items()}
+    numbers = [1.0] * len(opened) if weights is None else [float(w) for w in weights]
+    return Plan(opened, base, method, numbers, dict(sorted(layout.items())), common, kept, dropped, prefix)
+
+
+def _settings_problems(
+    models: Sequence[str],
+    base_model: str | None,
+    method: str,
+    weights: Sequence[float] | None,
+    revisions: Sequence[str | None] | None,
+    output_dir: Path,
+    density: float,
+) -> list[str]:
+    problems = []
+    if method not in METHODS:
+        problems.append(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
+    if not models:
+        problems.append("`models` must name at least one model")
+    for name, values in (("weights", weights), ("revisions", revisions)):
+        if values is not None and len(values) != len(models):
+            problems.append(f"`{name}` must be one per model, got {len(values)} for {len(models)}")
+    if weights is not None and not (all(0 <= w < float("inf") for w in weights) and sum(weights) > 0):
+        problems.append(f"`weights` must be numbers of at least 0, not all 0, got {list(weights)}")
+    if method in NEEDS_BASE and base_model is None:
+        problems.append(f"`base_model` must be given for {method}, which starts from it")
+    if not 0 < density <= 1:
+        problems.append(f"`density` must be in (0, 1], got {density}")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        problems.append(f"`output_dir` must be empty or new, got {str(output_dir)!r}")
+    return problems
+
+
+def _posterior_problems(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    problems = []
+    for checkpoint in checkpoints:
+        for name, entry in (checkpoint.posterior.entries if checkpoint.posterior else {}).items():
+            mean = checkpoint.tensors.entries.get(name)
+            if mean is not None and mean.shape != entry.shape:
+                problems.append(
+                    f"the posterior of {checkpoint.name} has shape {entry.shape} for `{name}`: {mean.shape}"
+                )
+    return problems
+
+
+def _tokenizer_problems(models: Sequence[Checkpoint]) -> list[str]:
+    """Name the first token that two tokenizers have at different places: merged embeddings would be of both."""
+    problems = []
+    vocabularies = [(m.name, m.json("tokenizer.json").get("model", {}).get("vocab")) for m in models]
+    known = [(name, v) for name, v in vocabularies if isinstance(v, dict)]
+    for name, vocabulary in known[1:]:
+        first, reference = known[0]
+        if vocabulary != reference:
+            token = next(t for t in [*reference, *vocabulary] if reference.get(t) != vocabulary.get(t))
+            places = f"{reference.get(token)} in {first}, {vocabulary.get(token)} in {name}"
+            problems.append(f"the tokenizers of {first} and {name} differ, first in {token!r} ({places})")
+    return problems
+
+
+def _compare(models: Sequence[Checkpoint]) -> tuple[list[str], list[str]]:
+    """Return the names that all models have in one shape, and the others."""
+    common: list[str] = []
+    different: list[str] = []
+    for name in dict.fromkeys(n for m in models for n in m.tensors.entries):
+        entries = [m.tensors.entries.get(name) for m in models]
+        alike = all(e is not None and entries[0] is not None and e.shape == entries[0].shape for e in entries)
+        (common if alike else different).append(name)
+    return common, different
+
+
+def _same(base: Checkpoint, name: str, entry: Entry) -> bool:
+    found = base.tensors.entries.get(name)
+    return found is not None and found.shape == entry.shape
+
+
+def _base_prefix(names: Sequence[str], base: Checkpoint | None) -> str:
+    """Return what the base's names lack in front: an encoder saved alone has none of the "bert." of a classifier's."""
+    if base is None or any(n in base.tensors.entries for n in names):
+        return ""
+    prefixes = {n.partition(".")[0] + "." for n in names}
+    found = {p: sum(n.removeprefix(p) in base.tensors.entries for n in names if n.startswith(p)) for p in prefixes}
+    best = max(found, key=found.__getitem__, default="")
+    return best if found.get(best) else ""
+
+
+def _settle(
+    different: list[str], heads: str | None, models: Sequence[Checkpoint], problems: list[str]
+) -> tuple[dict[str, Checkpoint], list[str]]:
+    """Decide about tensors that cannot be merged."""
+    if not different or heads == "drop":
+        return {}, different
+    if heads is not None and heads.startswith("keep:"):
+        wanted = heads.removeprefix("keep:")
+        for model in models:
+            if wanted in (model.name, Path(model.name).name):
+                kept = {n: model for n in different if n in model.tensors.entries}
+                return kept, [n for n in different if n not in kept]
+        problems.append(f"`heads` names {wanted!r}, which is none of {', '.join(m.name for m in models)}")
+    elif heads is not None:
+        problems.append(f"`heads` must be 'drop' or 'keep:MODEL', got {heads!r}")
+    else:
+        listed = ", ".join(f"`{n}`" for n in different[:5]) + (" ..." if len(different) > 5 else "")
+        problems.append(
+            f"{len(different)} tensors are not in all models (and the base) in one shape, such as {listed}: pass "
+            f"--heads drop to leave them out, or --heads keep:MODEL to take them from one"
+        )
+    return {}, []
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    number = 1
+    for n in shape:
+        number *= n
+    return number
