@@ -115,6 +115,11 @@ class Posterior:
     def _check(self, mean: Mapping[str, Tensor], ess_scale: float) -> None:
         if not ess_scale > 0:
             raise ValueError(f"`ess_scale` must be positive, got {ess_scale!r}. 1 is the posterior as it was learnt.")
+        if any(distributed.is_sharded(m) for m in mean.values()):
+            raise ValueError(
+                "The model must be whole to be sampled here, got sharded parameters. Use `sampled_params()` of the "
+                "optimizer that trains it, or load the saved model in one process."
+            )
         problems = match_problems(self.variance, mean)
         if problems:
             raise ValueError(

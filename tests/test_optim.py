@@ -106,14 +106,18 @@ def test_storages_never_move():
     assert [p.data_ptr() for p in model.parameters()] == pointers
 
 
-def test_samples_touch_no_global_random_state():
-    """Dropout masks and data order would change with the optimizer."""
+def test_nothing_global_is_touched():
+    """Dropout masks and data order, or the precision of products (tf32), would change with the optimizer."""
     model = make_model()
     optimizer = make_ivon(model.parameters())
     before = torch.get_rng_state()
+    settings = (torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision(), torch.get_num_threads())
     with optimizer.sampled_params(train=True):
-        pass
+        sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
     assert torch.equal(torch.get_rng_state(), before)
+    after = (torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision(), torch.get_num_threads())
+    assert after == settings
 
 
 def test_state_is_refused_inside_a_sample():
