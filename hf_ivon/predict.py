@@ -172,7 +172,7 @@ def _passes(
         weights: AbstractContextManager = nullcontext()
         if num_samples and posterior is not None:
             weights = posterior.sampled(model, generator=_generator(seed, index))
-        with torch.no_grad(), _evaluating(model), weights:
+        with torch.no_grad(), evaluation_mode(model), weights:
             parts = [read(model, _on_device(batch, device)) for batch in data]
         if not parts:
             raise ValueError("`data` must have at least one batch, got none. Check the data set and its filters.")
@@ -226,7 +226,7 @@ def _generator(seed: int, index: int) -> torch.Generator:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Generator[None, None, None]:
+def evaluation_mode(model: nn.Module) -> Generator[None, None, None]:
     """Put every module in evaluation mode; on exit each has the mode it had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -246,7 +246,8 @@ def _on_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Return a model's logits, wherever its output has them."""
     outputs = model(**inputs)
     if isinstance(outputs, Tensor):
         return outputs
@@ -256,7 +257,7 @@ def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 def _outputs(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Return the outputs, (batch, classes or 1), fp64 on the CPU, and the labels, (batch,)."""
     labels = batch.pop("labels", None)
-    logits = _logits(model, batch)
+    logits = logits_of(model, batch)
     logits = logits[:, None] if logits.ndim == 1 else logits
     if logits.ndim != 2:
         raise ValueError(
@@ -271,7 +272,7 @@ def _token_log_probabilities(model: nn.Module, batch: dict[str, Any]) -> tuple[T
     labels = batch.pop("labels", None)
     if labels is None:
         raise ValueError("Each batch of `data` must have `labels`, got none. For plain text pass the input ids again.")
-    logits = _logits(model, batch)
+    logits = logits_of(model, batch)
     if logits.ndim != 3 or logits.shape[:2] != labels.shape:
         raise ValueError(
             f"`model` must give logits of shape (batch, length, vocabulary) for `labels` of shape (batch, length), "

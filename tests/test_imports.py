@@ -7,7 +7,7 @@ import pytest
 
 import hf_ivon
 
-LIGHT = ["optim", "posterior", "checkpoint", "metrics", "predict", "merge"]
+LIGHT = ["optim", "posterior", "checkpoint", "metrics", "predict", "merge", "curvature"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -1,0 +1,141 @@
+"""Curvature of models that IVON did not train: exact cases, independent sums, and its use as a posterior."""
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from hf_ivon import load_posterior, save_posterior
+from hf_ivon.curvature import estimate_posterior
+from hf_ivon.merge import merge
+from tests import tiny
+
+DELTA = 1e-3
+
+
+class Linear(nn.Module):
+    """Logits of a linear model, as a tensor."""
+
+    def __init__(self, outputs, inputs=4):
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def batches(num=12, inputs=4, size=5):
+    x = torch.randn(num, inputs, generator=torch.Generator().manual_seed(1))
+    return [{"x": part} for part in x.split(size)], x
+
+
+def test_linear_regression_is_exact():
+    """The Gauss-Newton diagonal of a linear model is the mean squared input."""
+    data, x = batches()
+    posterior = estimate_posterior(Linear(1), data, estimator="ggn", weight_decay=DELTA)
+    torch.testing.assert_close(posterior.hess("layer.weight")[0], x.square().mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(posterior.hess("layer.bias"), torch.ones(1), rtol=1e-4, atol=1e-6)
+    assert (posterior.config.ess, posterior.config.num_examples, posterior.config.estimator) == (12.0, 12, "ggn")
+
+
+def test_softmax_regression_is_exact():
+    """For classes it is x² p (1 - p), averaged."""
+    data, x = batches()
+    model = Linear(3)
+    posterior = estimate_posterior(model, data, estimator="ggn", weight_decay=DELTA)
+    p = model(x).softmax(-1)
+    expected = torch.einsum("nc,ni->ci", p * (1 - p), x.square()) / len(x)
+    torch.testing.assert_close(posterior.hess("layer.weight"), expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_squared_gradients_estimate_the_same(outputs):
+    """With labels drawn from the model the squared gradient is unbiased; with the data's labels it would not be.
+
+    500 passes over 12 examples: the relative deviation of a squared normal residual's mean is sqrt(2 / 6,000) = 1.8%
+    for equal inputs, and a few times that where one example has most of the sum; 5 deviations of 4%.
+    """
+    data, _ = batches()
+    model = Linear(outputs)
+    exact = estimate_posterior(model, data, estimator="ggn", weight_decay=DELTA)
+    found = estimate_posterior(model, data * 500, weight_decay=DELTA)
+    torch.testing.assert_close(found.hess("layer.weight"), exact.hess("layer.weight"), rtol=0.2, atol=1e-4)
+
+
+def test_language_models_count_tokens_and_skip_padding():
+    """Padding must not count, ignored labels neither; N is what the loss averages over."""
+    model = tiny.gpt2()
+    rows = torch.stack([r["input_ids"] for r in tiny.text(6)])
+    mask, labels = torch.ones_like(rows), rows.clone()
+    mask[0, 5:] = 0
+    labels[0, 5:] = -100
+    labels[1, :4] = -100
+    data = [{"input_ids": rows, "attention_mask": mask, "labels": labels}]
+    posterior = estimate_posterior(model, data, weight_decay=DELTA)
+    tokens = int((labels[:, 1:] != -100).sum())
+    assert (posterior.config.num_examples, posterior.config.num_tokens, posterior.config.ess) == (6, tokens, tokens)
+    rest = zip(rows[1:], labels[1:], strict=True)
+    alone = [{"input_ids": rows[:1, :5]}, *({"input_ids": r[None], "labels": t[None]} for r, t in rest)]
+    again = estimate_posterior(model, alone, weight_decay=DELTA)
+    for name in posterior.names():
+        torch.testing.assert_close(posterior.variance[name], again.variance[name], rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match="must be 'squared-gradient' for a language model"):
+        estimate_posterior(model, data, estimator="ggn")
+
+
+def test_sum_over_tokens_equals_a_loop():
+    """An independent sum: the squared gradient of each example's log-probability at the labels that were drawn."""
+    model = tiny.bert(hidden_dropout_prob=0.5).train()
+    rows = torch.stack([r["input_ids"] for r in tiny.sentences(5)])
+    posterior = estimate_posterior(model, [{"input_ids": rows}], weight_decay=DELTA, train_size=100, seed=4)
+    assert model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(4)
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for row in rows:
+        logits = model(input_ids=row[None]).logits[0]
+        label = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+        grads = torch.autograd.grad(logits.log_softmax(-1)[label].sum(), list(model.parameters()), allow_unused=True)
+        for (name, _), g in zip(model.named_parameters(), grads, strict=True):
+            total[name] += 0 if g is None else g.square()
+    for name, value in total.items():
+        torch.testing.assert_close(1 / (100 * (value / 5 + DELTA)), posterior.variance[name], rtol=1e-4, atol=0)
+    assert posterior.config.num_examples == 100
+
+
+def test_the_result_is_a_posterior_like_any_other(tmp_path):
+    """Models trained with AdamW must merge by their curvature: saved, checked against the mean, merged."""
+    names = []
+    tiny.bert().save_pretrained(tmp_path / "base")
+    for seed in (1, 2):
+        model = tiny.bert(seed=seed)
+        rows = torch.stack([r["input_ids"] for r in tiny.sentences(6)])
+        model.save_pretrained(tmp_path / str(seed))
+        save_posterior(estimate_posterior(model, [{"input_ids": rows}]), tmp_path / str(seed))
+        load_posterior(tmp_path / str(seed), model)
+        names.append(str(tmp_path / str(seed)))
+    report = merge(names, tmp_path / "out", base_model=tmp_path / "base")
+    assert report["without_posterior"] == []
+
+
+def test_adapters_only():
+    """LoRA: the base is frozen and has no posterior; names are those of the adapter's file."""
+    model = peft.get_peft_model(tiny.bert(), peft.LoraConfig(target_modules=["query"], r=2))
+    rows = torch.stack([r["input_ids"] for r in tiny.sentences(3)])
+    posterior = estimate_posterior(model, [{"input_ids": rows}])
+    assert set(posterior.names()) == set(peft.get_peft_model_state_dict(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"estimator": "hutchinson"}, "`estimator` must be one of squared-gradient, ggn, got 'hutchinson'"),
+        ({"weight_decay": 0.0}, "`weight_decay` must be positive, got 0.0"),
+        ({"data": []}, "`data` must hold examples that count, got none"),
+    ],
+)
+def test_bad_input_is_named(settings, message):
+    """A posterior of nothing would be a prior that looks learnt."""
+    data, _ = batches()
+    with pytest.raises(ValueError, match=message):
+        estimate_posterior(Linear(2), **{"data": data, **settings})
