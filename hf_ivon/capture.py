@@ -235,7 +235,7 @@ class GradientCapture:
         Args:
             params: All trainable parameters, in the same order everywhere; one without gradient here counts as zero.
         """
-        if distributed.world_size() == 1:
+        if distributed.world_size() == 1 or self._squared:  # squares are of reduced gradients
             return
         whole = [p for p in params if not distributed.is_sharded(p)]  # sharded gradients come reduced
         for p in whole:
@@ -366,7 +366,9 @@ class GradientCapture:
 
     def _square(self, context: _Context) -> None:
         """Keep the squared gradient: of the sum so far, or summed over the contexts that are to be averaged."""
-        for p in context.accumulated:
+        # Other processes may have had a gradient where this one had none; the reduction has brought it here.
+        params = context.accumulated if distributed.world_size() == 1 else self._hooked
+        for p in params:
             if p.grad is None:
                 continue
             squared = p.grad.to(state_dtype(p)).mul(context.inverse_scale).square_()

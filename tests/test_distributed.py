@@ -56,10 +56,10 @@ def summary(model, optimizer):
     return state
 
 
-def one_process(world_size, branches=False):
+def one_process(world_size, branches=False, approx="price"):
     """The same draws in one process: every rank's micro-batches one after another."""
     model = net(branches)
-    optimizer = IVON(model.parameters(), **OPTIONS)
+    optimizer = IVON(model.parameters(), **OPTIONS, hess_approx=approx)
     coordinates = {}
     perturb = WeightSampler.perturb
 
@@ -87,10 +87,10 @@ def one_process(world_size, branches=False):
     return summary(model, optimizer)
 
 
-def with_ddp(rank, world_size, branches, options):
+def with_ddp(rank, world_size, branches, options, approx):
     model = net(branches)
     ddp = DistributedDataParallel(model, **options)
-    optimizer = IVON(ddp.parameters(), **OPTIONS)
+    optimizer = IVON(ddp.parameters(), **OPTIONS, hess_approx=approx)
     for step in range(STEPS):
         for micro in range(MICRO):
             x, y = batch(step, rank, micro, world_size)
@@ -107,22 +107,23 @@ def with_ddp(rank, world_size, branches, options):
 
 
 CASES = [
-    pytest.param(False, {}, id="plain"),
-    pytest.param(False, {"gradient_as_bucket_view": True}, id="gradients as bucket views"),
-    pytest.param(False, {"static_graph": True}, id="static graph"),
-    pytest.param(True, {"find_unused_parameters": True}, id="unused in some processes"),
+    pytest.param(False, {}, "price", id="plain"),
+    pytest.param(False, {"gradient_as_bucket_view": True}, "price", id="gradients as bucket views"),
+    pytest.param(False, {"static_graph": True}, "price", id="static graph"),
+    pytest.param(True, {"find_unused_parameters": True}, "price", id="unused in some processes"),
+    pytest.param(True, {"find_unused_parameters": True}, "gradsq", id="squared gradients"),
 ]
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("branches", "options"), CASES)
-def test_processes_equal_one_process_with_their_draws(tmp_path, world_size, branches, options):
+@pytest.mark.parametrize(("branches", "options", "approx"), CASES)
+def test_processes_equal_one_process_with_their_draws(tmp_path, world_size, branches, options, approx):
     """R processes with J micro-batches are R * J micro-batches: mean, momentum and Hessian after 10 steps.
 
     Tolerance: fp32 round-off of sums in another order, over 10 steps.
     """
-    expected = one_process(world_size, branches)
-    results = processes.run(with_ddp, world_size, tmp_path, branches, options)
+    expected = one_process(world_size, branches, approx)
+    results = processes.run(with_ddp, world_size, tmp_path, branches, options, approx)
     for name, value in expected.items():
         torch.testing.assert_close(results[0][name], value, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
         for other in results[1:]:
