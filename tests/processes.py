@@ -1,6 +1,8 @@
-"""Runs a function in several processes that form one gloo group."""
+"""Runs a function in several processes that form one gloo group, and commands that start such processes."""
 
 import os
+import signal
+import subprocess
 from pathlib import Path
 
 import torch
@@ -26,3 +28,26 @@ def run(function, world_size, directory, *arguments):
     directory = Path(directory)
     torch.multiprocessing.spawn(_enter, (world_size, function, directory, arguments), nprocs=world_size)
     return [torch.load(directory / f"result-{rank}", weights_only=True) for rank in range(world_size)]
+
+
+def command(arguments, cwd, environment, seconds=150):
+    """Run a command to its end and return what it printed; one that hangs is killed with what it started."""
+    options = {"cwd": cwd, "env": environment, "text": True, "start_new_session": True}
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            raise
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+def _kill(process):
+    """Kill a launcher and what it started; torchrun gives its children sessions of their own."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in [*map(int, found), process.pid]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.communicate()

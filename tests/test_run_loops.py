@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hf_ivon import load_posterior
 from recipes import common, demo, glue_tasks, run_glue_no_trainer
+from tests import processes
 from tests.test_run_glue import model_dir, write_rows
 
 __all__ = ["model_dir"]
@@ -70,13 +70,8 @@ def test_loop_runs_in_two_processes(tmp_path, model_dir):
     script = ROOT / "recipes" / "run_glue_no_trainer.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script)]
-        + [*loop_flags(tmp_path, model_dir), *files],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script)]
+    done = processes.command([*command, *loop_flags(tmp_path, model_dir), *files], tmp_path, environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("mrpc, ivon") == 1
     assert load_posterior(tmp_path / "out").config.steps == 4  # 24 examples, 2 x 4 x 2 in a step: 2 an epoch

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hf_ivon import load_posterior
+from tests import processes
 
 ROOT = Path(__file__).parent.parent
 FLAGS = {
@@ -51,7 +51,7 @@ def work(tmp_path):
 
 def launch(directory, *command):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=directory, env=environment, capture_output=True, text=True)
+    done = processes.command([sys.executable, *command], directory, environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -110,8 +110,8 @@ print("moved", bool((loss.classifier.weight != start).any()), same, type(trainer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sentence_transformers_trainer_as_shipped(work, processes, lora):
+@pytest.mark.parametrize("num", [1, 2])
+def test_sentence_transformers_trainer_as_shipped(work, num, lora):
     """Its losses have weights of their own, which must be trained too; its model is no PreTrainedModel."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "gpt2")
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -120,8 +120,9 @@ def test_sentence_transformers_trainer_as_shipped(work, processes, lora):
     (work / "script.py").write_text(SENTENCE_TRANSFORMERS.format(lora=lora))
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     torchrun += ["--rdzv_endpoint", "localhost:0"]
-    output = launch(work, *(torchrun if processes == 2 else []), "-m", "hf_ivon", "run", "script.py")
-    assert output.count("moved True True IVON") == processes
+    start = [*torchrun, "-m", "tests.run_and_exit"] if num == 2 else ["-m", "hf_ivon"]
+    output = launch(work, *start, "run", "script.py")
+    assert output.count("moved True True IVON") == num
     assert load_posterior(work / "out" / "checkpoint-3").config.steps == 3
     posterior = load_posterior(work / "out")
     assert posterior.config.num_examples == 16

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_ivon import load_posterior
+from tests import processes
 from tests.test_third_party import FLAGS, LORA, flags, script, work
 
 __all__ = ["work"]
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 # The arguments beside those of the Trainer: what the script prints goes to a file of each process.
 SCRIPT = """
-import json, os, sys
+import gc, json, os, sys
 import torch
 from accelerate import DistributedType, PartialState
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
@@ -53,6 +53,8 @@ if __name__ == "__main__":
         json.dump({**found, "steps": trainer.state.global_step}, file)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        del trainer, model
+        gc.collect()  # a Reducer must not outlive its group
         torch.distributed.destroy_process_group()
 """
 SETTINGS = {
@@ -74,9 +76,7 @@ def launch(directory, num, *command, **environment):
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num)]
     start += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    return subprocess.run(
-        [*start, "-m", "hf_ivon", "run", *command], cwd=directory, env=variables, capture_output=True, text=True
-    )
+    return processes.command([*start, "-m", "tests.run_and_exit", "run", *command], directory, variables)
 
 
 def train(directory, num=2, check=True, environment=None, **settings):
