@@ -9,27 +9,25 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_ivon.posterior import Posterior, match_problems, mean_digest, posterior_keys
 from hf_ivon.posterior_config import PosteriorConfig, config_problems
+from hf_ivon.tensor_files import TensorFiles, read_json
 
 logger = logging.getLogger(__name__)
 
 POSTERIOR_NAME = "posterior.safetensors"
 POSTERIOR_INDEX_NAME = "posterior.safetensors.index.json"
 CONFIG_NAME = "posterior_config.json"
-_MEAN_NAMES = ("adapter_model.safetensors", "model.safetensors")
-_MEAN_INDEX_NAME = "model.safetensors.index.json"
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".state")
 _PATTERN = "posterior{suffix}.safetensors"
 
 
@@ -69,7 +67,7 @@ def save_posterior(
         ValueError: If there is no variance, or one is not positive or not finite; nothing is written then.
     """
     tensors = {name: posterior.variance[name].detach().float().contiguous().cpu() for name in posterior.names()}
-    problems = [problem for name, tensor in tensors.items() for problem in _content_problems(name, tensor)]
+    problems = [problem for name, tensor in tensors.items() for problem in variance_problems(name, tensor)]
     if not tensors:
         problems.append("it holds no tensor")
     if problems:
@@ -117,22 +115,23 @@ def load_posterior(directory: str | os.PathLike[str], model: nn.Module | None = 
     """
     directory = Path(directory)
     problems: list[str] = []
-    config = _read_config(directory, problems)
-    variance = _read_tensors(directory, config, problems)
+    config, files = open_posterior(directory, problems)
     # The digest is over all tensors: with a file missing it would only repeat that in worse words.
-    digest = None if config is None or problems else config["mean_digest"]
-    problems += [p for name, tensor in variance.items() for p in _content_problems(name, tensor)]
-    if config is not None and variance:
-        by_name = [k for k in ("ess", "weight_decay", "hess_init") if isinstance(config[k], dict)]
-        missing = [k for k in by_name if not variance.keys() <= config[k].keys()]
-        problems += [f"`{k}` in {CONFIG_NAME} is not given for every tensor" for k in missing]
+    digest = None if config is None or problems else config.mean_digest
+    try:
+        variance = dict(files)
+    except (SafetensorError, OSError) as err:  # a disk that fails; the headers were read before
+        raise PosteriorFormatError(
+            f"The posterior in {str(directory)!r} cannot be read: {err}. Copy it again."
+        ) from err
+    problems += [p for name, tensor in variance.items() for p in variance_problems(name, tensor)]
     problems += _mean_problems(directory, variance, digest, model)
     if problems or config is None:
         raise PosteriorFormatError(
             f"The posterior in {str(directory)!r} cannot be used: {'; '.join(problems)}. "
             f"Save it again from training, or download the complete checkpoint."
         )
-    return Posterior(variance, PosteriorConfig.from_dict(config))
+    return Posterior(variance, config)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> Path:
@@ -140,104 +139,43 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> Path:
     return path
 
 
-def _read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problems.append(f"{path.name} is missing")
-        return None
-    except (OSError, ValueError) as err:
-        problems.append(f"{path.name} is not readable JSON ({err})")
-        return None
-    if not isinstance(value, dict):
-        problems.append(f"{path.name} does not hold a JSON object")
-        return None
-    return value
+def open_posterior(directory: Path, problems: list[str]) -> tuple[PosteriorConfig | None, TensorFiles]:
+    """Read a posterior's configuration and its files' headers, but no tensor.
 
+    Args:
+        directory: A directory with the posterior's files.
+        problems: Where to say what is wrong with them.
 
-def _read_config(directory: Path, problems: list[str]) -> dict[str, Any] | None:
-    config = _read_json(directory / CONFIG_NAME, problems)
-    if config is None:
-        return None
-    wrong = config_problems(config)
+    Returns:
+        The configuration, None if it is not valid, and the variances.
+    """
+    values = read_json(directory / CONFIG_NAME, problems)
+    wrong = [] if values is None else config_problems(values)
     problems += [f"{CONFIG_NAME}: {problem}" for problem in wrong]
-    return None if wrong else config
+    config = None if values is None or wrong else PosteriorConfig.from_dict(values)
+    files = TensorFiles(directory, "posterior", problems)
+    for file, metadata in files.metadata.items():
+        if config is not None and metadata.get("mean_digest") != config.mean_digest:
+            problems.append(f"{file} and {CONFIG_NAME} are from different saves (their `mean_digest` differs)")
+        if not any(entry.path.name == file for entry in files.entries.values()):
+            problems.append(f"{file} holds no tensor")
+    for name, entry in files.entries.items():
+        if entry.dtype != torch.float32:
+            problems.append(f"`{name}` is {str(entry.dtype).removeprefix('torch.')}, not float32")
+    if config is not None and files:
+        by_name = {k: getattr(config, k) for k in ("ess", "weight_decay", "hess_init")}
+        missing = [k for k, v in by_name.items() if isinstance(v, dict) and not files.keys() <= v.keys()]
+        problems += [f"`{k}` in {CONFIG_NAME} is not given for every tensor" for k in missing]
+    return config, files
 
 
-def _read_tensors(directory: Path, config: Mapping[str, Any] | None, problems: list[str]) -> dict[str, Tensor]:
-    """Read the tensors of all shards, tensor by tensor, noting every problem."""
-    files: dict[str, set[str] | None] = {POSTERIOR_NAME: None}
-    if (directory / POSTERIOR_INDEX_NAME).exists():
-        index = _read_json(directory / POSTERIOR_INDEX_NAME, problems) or {}
-        weight_map = index.get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(_is_file_name(f) for f in weight_map.values())
-        ):
-            problems.append(f"{POSTERIOR_INDEX_NAME} has no valid `weight_map`")
-            return {}
-        files = {f: {k for k, g in weight_map.items() if g == f} for f in sorted(set(weight_map.values()))}
-    variance: dict[str, Tensor] = {}
-    for file, expected in files.items():
-        if not (directory / file).is_file():
-            pickles = sorted(p.name for p in directory.glob("posterior*") if p.suffix in _PICKLE_SUFFIXES)
-            hint = f" ({', '.join(pickles)} is a pickle, which is never read)" if pickles else ""
-            problems.append(f"{file} is missing{hint}")
-            continue
-        try:
-            variance.update(_read_file(directory / file, expected, config, problems))
-        except (SafetensorError, OSError, ValueError) as err:
-            problems.append(f"{file} is truncated or not a safetensors file ({err})")
-    return variance
-
-
-def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).name == value and value.endswith(".safetensors")
-
-
-def _read_file(
-    path: Path, expected: set[str] | None, config: Mapping[str, Any] | None, problems: list[str]
-) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        digest = (file.metadata() or {}).get("mean_digest")
-        if config is not None and digest != config["mean_digest"]:
-            problems.append(f"{path.name} and {CONFIG_NAME} are from different saves (their `mean_digest` differs)")
-        names = set(file.keys())
-        if expected is not None and names != expected:
-            wrong = sorted(names ^ expected)
-            problems.append(f"{path.name} and the index disagree about {', '.join(wrong[:3])}")
-        if not names:
-            problems.append(f"{path.name} holds no tensor")
-        for name in sorted(names):
-            yield name, file.get_tensor(name)
-
-
-def _content_problems(name: str, tensor: Tensor) -> list[str]:
-    if tensor.dtype != torch.float32:
-        return [f"`{name}` is {str(tensor.dtype).removeprefix('torch.')}, not float32"]
+def variance_problems(name: str, tensor: Tensor) -> list[str]:
+    """Return what is wrong with the variances of one tensor, or with some of its rows."""
     if not torch.isfinite(tensor).all():
         return [f"`{name}` holds NaN or inf"]
     if not (tensor > 0).all():
         return [f"`{name}` holds variances that are not positive"]
     return []
-
-
-class _FileTensors(Mapping[str, Tensor]):
-    """Tensors of safetensors files, each read when it is asked for."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        files = [safe_open(path, framework="pt") for path in paths]
-        self._file_of = {name: file for file in files for name in file.keys()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._file_of[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
 
 
 def _mean_problems(
@@ -269,22 +207,17 @@ def _mean_problems(
                 "replaced, or loaded in another dtype)"
             )
     except (SafetensorError, OSError) as err:
-        problems.append(f"the mean beside it cannot be read ({err})")
+        problems.append(f"the mean beside it cannot be read: {err}")
     return problems
 
 
 def _mean_beside(directory: Path, variance: Mapping[str, Tensor], problems: list[str]) -> Mapping[str, Tensor] | None:
     """Return the tensors of the model or adapter in the directory that shares most names; None if there is none."""
-    sources = [[directory / name] for name in _MEAN_NAMES if (directory / name).is_file()]
-    if (directory / _MEAN_INDEX_NAME).is_file():
-        weight_map = (_read_json(directory / _MEAN_INDEX_NAME, problems) or {}).get("weight_map")
-        files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        shards = [directory / file for file in sorted(filter(_is_file_name, files))]
-        present = [path for path in shards if path.is_file()]
-        if present and len(present) < len(shards):
-            lost = next(path.name for path in shards if path not in present)
-            problems.append(f"the mean beside it is incomplete: {lost} is missing")
-        elif present:
-            sources.append(present)
-    means = [_FileTensors(paths) for paths in sources]
+    means = []
+    for stem in ("adapter_model", "model"):
+        wrong: list[str] = []
+        mean = TensorFiles(directory, stem, wrong)
+        if any(path.is_file() for path in mean.files):
+            means.append(mean)
+            problems += [f"the mean beside it cannot be read: {problem}" for problem in wrong]
     return max(means, key=lambda mean: len(variance.keys() & mean.keys()), default=None)

@@ -321,7 +321,7 @@ def test_an_incomplete_mean_is_refused(tmp_path):
     save_posterior(posterior, tmp_path)
     first, *others = sorted(tmp_path.glob("model-*"))
     first.unlink()
-    with pytest.raises(PosteriorFormatError, match=f"the mean beside it is incomplete: {first.name} is missing"):
+    with pytest.raises(PosteriorFormatError, match=f"the mean beside it cannot be read: {first.name} is missing"):
         load_posterior(tmp_path)
     for shard in others:
         shard.unlink()

@@ -206,7 +206,8 @@ def test_adapters_merge_in_their_own_space(tmp_path):
 def test_all_problems_are_named_and_nothing_is_written(models):
     """People merge what others uploaded: one run must say everything that is wrong."""
     directory, names, _ = models
-    (directory / "a" / "posterior_config.json").unlink()
+    for file in (directory / "a").glob("posterior*"):
+        file.unlink()
     shutil.copy(directory / "b" / "model.safetensors", directory / "c" / "pytorch_model.bin")
     (directory / "c" / "model.safetensors").unlink()
     (directory / "used").mkdir()
@@ -216,7 +217,7 @@ def test_all_problems_are_named_and_nothing_is_written(models):
     message = str(caught.value)
     for expected in (
         "a has no posterior, which uncertainty needs",
-        "pytorch_model.bin: pickles are not read",
+        "pytorch_model.bin is a pickle, which is never read",
         "none is neither a directory nor",
         "`weights` must be one per model, got 3 for 4",
         "`weights` must be numbers of at least 0",
@@ -235,8 +236,9 @@ def test_wrong_numbers_leave_nothing_behind(models, wrong):
         file = directory / "b" / "posterior.safetensors"
         values = load_file(file)
         values["classifier.bias"][0] = -1.0
-        save_file(values, file, metadata={"format": "pt"})
-        message = "posterior of .*b has a variance in `classifier.bias` that is not positive"
+        config = json.loads((directory / "b" / "posterior_config.json").read_text())
+        save_file(values, file, metadata={"format": "pt", "mean_digest": config["mean_digest"]})
+        message = "posterior of .*b cannot be used: `classifier.bias` holds variances that are not positive"
     else:
         values = tensors(directory / "b")
         values["classifier.bias"][0] = float("nan") if wrong == "nan" else 7.0

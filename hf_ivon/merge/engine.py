@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ivon.checkpoint import CONFIG_NAME, POSTERIOR_NAME
+from hf_ivon.checkpoint import CONFIG_NAME, POSTERIOR_NAME, variance_problems
 from hf_ivon.merge import methods
-from hf_ivon.merge.files import Checkpoint, Entry, TensorFiles, Writer, replace_in_header, row_blocks
+from hf_ivon.merge.files import Checkpoint, Writer, replace_in_header, row_blocks
 from hf_ivon.merge.plan import NEEDS_POSTERIOR, Plan, make_plan
 from hf_ivon.posterior import mean_digest
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
+from hf_ivon.tensor_files import Entry, TensorFiles
 
 logger = logging.getLogger(__name__)
 
@@ -196,8 +197,8 @@ def _merge_rows(
 def _precision(model: Checkpoint, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     assert model.posterior is not None  # the plan made sure
     variance = model.posterior.rows(name, start, stop).to(dtype)
-    if not (torch.isfinite(variance).all() and (variance > 0).all()):
-        raise ValueError(f"The posterior of {model.name} has a variance in `{name}` that is not positive and finite.")
+    if problems := variance_problems(name, variance):
+        raise ValueError(f"The posterior of {model.name} cannot be used: {problems[0]}. Retrain it.")
     return variance.reciprocal_()
 
 

@@ -6,106 +6,19 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_ivon.checkpoint import CONFIG_NAME
-from hf_ivon.posterior_config import PosteriorConfig, config_problems
+from hf_ivon.checkpoint import open_posterior, posterior_files
+from hf_ivon.posterior_config import PosteriorConfig
+from hf_ivon.tensor_files import DTYPES, TensorFiles
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor in a file.
-
-    Attributes:
-        path: The file.
-        dtype: Its dtype.
-        shape: Its shape.
-    """
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-@dataclass
-class TensorFiles(Mapping[str, Tensor]):
-    """Tensors of one kind in a directory, by name; nothing is read before it is asked for, and nothing is kept.
-
-    Args:
-        directory: The directory.
-        stem: "model", "adapter_model" or "posterior".
-        problems: Where to say what is wrong with the files.
-    """
-
-    directory: Path
-    stem: str
-    problems: list[str]
-    entries: dict[str, Entry] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Read the files' headers."""
-        index = self.directory / f"{self.stem}.safetensors.index.json"
-        files = [self.directory / f"{self.stem}.safetensors"]
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                files = [self.directory / name for name in sorted(set(weight_map.values()))]
-            except (ValueError, KeyError, AttributeError, TypeError):
-                self.problems.append(f"{index} is no valid index")
-                return
-        for file in files:
-            if file.parent != self.directory or not file.is_file():
-                unsafe = sorted(p.name for pattern in _UNSAFE for p in self.directory.glob(pattern))
-                hint = f" ({', '.join(unsafe[:3])}: pickles are not read; save it as safetensors)" if unsafe else ""
-                self.problems.append(f"{file} is missing{hint}")
-                continue
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 - not a dictionary
-                        part = opened.get_slice(name)
-                        self.entries[name] = Entry(file, _DTYPES[part.get_dtype()], tuple(part.get_shape()))
-            except (SafetensorError, OSError, KeyError) as err:
-                self.problems.append(f"{file} cannot be read ({err})")
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.entries[name].path, framework="pt") as opened:
-            return opened.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows of a tensor in its own dtype; a 0-dim tensor counts as one row."""
-        entry = self.entries[name]
-        if not entry.shape:
-            return self[name]
-        with safe_open(entry.path, framework="pt") as opened:
-            return opened.get_slice(name)[start:stop]
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass
@@ -144,25 +57,20 @@ class Checkpoint:
         if not directory.is_dir():
             from huggingface_hub import snapshot_download
 
-            patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+            patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
             try:
                 directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
             except (OSError, ValueError) as err:
                 problems.append(f"{name} is neither a directory nor can it be downloaded ({err})")
+                directory = Path(os.devnull)
         is_adapter = (directory / "adapter_config.json").is_file()
-        tensors = TensorFiles(directory, "adapter_model" if is_adapter else "model", problems)
+        wrong: list[str] = []
+        tensors = TensorFiles(directory, "adapter_model" if is_adapter else "model", wrong)
         posterior = config = None
-        if (directory / CONFIG_NAME).is_file():
-            try:
-                values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-                wrong = config_problems(values) if isinstance(values, dict) else ["is no object"]
-            except ValueError as err:
-                wrong = [str(err)]
-            if wrong:
-                problems.append(f"{directory / CONFIG_NAME}: {'; '.join(wrong)}")
-            else:
-                config = PosteriorConfig.from_dict(values)
-                posterior = TensorFiles(directory, "posterior", problems)
+        if posterior_files(directory):
+            config, posterior = open_posterior(directory, wrong)
+        if directory.is_dir():
+            problems += [f"{name}: {problem}" for problem in wrong]
         return cls(name, directory, is_adapter, tensors, posterior, config)
 
     def json(self, file: str) -> dict[str, Any]:
@@ -187,7 +95,7 @@ class Writer:
         end = 0
         for name, (dtype, shape) in layout.items():
             start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._expected = 8 + len(text) + end

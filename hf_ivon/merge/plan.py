@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_ivon.merge.files import Checkpoint, Entry
+from hf_ivon.merge.files import Checkpoint
+from hf_ivon.tensor_files import Entry
 
 NEEDS_BASE = ("uncertainty", "task-arithmetic", "ties", "dare")
 NEEDS_POSTERIOR = ("uncertainty", "gaussian", "fisher")
@@ -111,7 +112,7 @@ def make_plan(
     if len({m.is_adapter for m in opened}) > 1:
         problems.append("adapters and whole models cannot be merged with each other")
     problems += _tokenizer_problems(opened)
-    common, different = _compare(opened)
+    common, different = _compare([m for m in opened if m.tensors])  # the others are named already
     prefix = _base_prefix(common, base)
     if base is not None:
         lost = [n for n in common if not _same(base, n.removeprefix(prefix), opened[0].tensors.entries[n])]

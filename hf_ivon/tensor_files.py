@@ -1,0 +1,147 @@
+"""Tensors in safetensors files, found by their headers and read when they are asked for, whole or by rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".state")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a file.
+
+    Attributes:
+        path: The file.
+        dtype: Its dtype.
+        shape: Its shape.
+    """
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """Tensors of one kind in a directory, by name; only headers are read until one is asked for, and nothing is kept.
+
+    Args:
+        directory: The directory.
+        stem: "model", "adapter_model" or "posterior": one file `STEM.safetensors`, or shards with an index.
+        problems: Where to say what is wrong with the files.
+
+    Attributes:
+        files: The files that there should be.
+        entries: What is known of each tensor without reading it.
+        metadata: The strings in each file's header, by file name.
+    """
+
+    def __init__(self, directory: Path, stem: str, problems: list[str]) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        single = directory / f"{stem}.safetensors"
+        expected: dict[str, set[str]] | None = None
+        index = directory / f"{single.name}.index.json"
+        if not single.is_file() and index.is_file():
+            expected = _read_index(index, problems)
+        self.files = [single] if expected is None else [directory / name for name in expected]
+        for path in self.files:
+            if not path.is_file():
+                problems.append(f"{path.name} is missing{_pickles(directory, stem)}")
+                continue
+            try:
+                names = self._read_header(path)
+            except (SafetensorError, OSError, KeyError) as err:
+                problems.append(f"{path.name} is truncated or not a safetensors file ({err})")
+                continue
+            if expected is not None and names != expected[path.name]:
+                wrong = sorted(names ^ expected[path.name])
+                problems.append(f"{path.name} and the index disagree about {', '.join(wrong[:3])}")
+
+    def _read_header(self, path: Path) -> set[str]:
+        with safe_open(path, framework="pt") as file:
+            self.metadata[path.name] = dict(file.metadata() or {})
+            names = set(file.keys())
+            for name in sorted(names):
+                part = file.get_slice(name)
+                self.entries[name] = Entry(path, DTYPES[part.get_dtype()], tuple(part.get_shape()))
+        return names
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.entries[name].path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows of a tensor in its own dtype; a 0-dim tensor counts as one row."""
+        entry = self.entries[name]
+        if not entry.shape:
+            return self[name]
+        # A file that stays open keeps the pages that were read of it: opened each time, memory stays small.
+        with safe_open(entry.path, framework="pt") as file:
+            return file.get_slice(name)[start:stop]
+
+
+def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None, and a problem, if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing")
+        return None
+    except (OSError, ValueError) as err:
+        problems.append(f"{path.name} is not readable JSON ({err})")
+        return None
+    if not isinstance(value, dict):
+        problems.append(f"{path.name} does not hold a JSON object")
+        return None
+    return value
+
+
+def _read_index(path: Path, problems: list[str]) -> dict[str, set[str]]:
+    """Return the names that each file should hold."""
+    index = read_json(path, problems)
+    if index is None:
+        return {}
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
+        problems.append(f"{path.name} has no valid `weight_map`")
+        return {}
+    files = sorted(set(weight_map.values()))
+    return {file: {name for name, where in weight_map.items() if where == file} for file in files}
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).name == value and value.endswith(".safetensors")
+
+
+def _pickles(directory: Path, stem: str) -> str:
+    found = sorted(p.name for p in directory.glob(f"*{stem}*") if p.suffix in _PICKLE_SUFFIXES)
+    return f" ({', '.join(found[:3])} is a pickle, which is never read: save it as safetensors)" if found else ""
