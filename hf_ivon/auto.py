@@ -27,7 +27,7 @@ _GENERATING = {
     "PPOTrainer",
     "DistillationTrainer",
 }
-_PATCHED = ("__init__", "train")
+_PATCHED = {"__init__": False, "train": True}  # whether a Trainer is adopted before the call or after it
 _originals: dict[str, Any] = {}
 
 
@@ -36,10 +36,9 @@ def enable() -> None:
     if _originals:
         return
     _add_name()
-    for name in _PATCHED:
+    for name, before in _PATCHED.items():
         _originals[name] = getattr(Trainer, name)
-    setattr(Trainer, "__init__", _adopting(_originals["__init__"], before=False))  # noqa: B010
-    Trainer.train = _adopting(_originals["train"], before=True)
+        setattr(Trainer, name, _adopting(_originals[name], before=before))
 
 
 def disable() -> None:

@@ -4,7 +4,8 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ def check_output_dir(args: TrainingArguments) -> None:
             f"`output_dir` must be empty or new, got {args.output_dir!r}, which holds files. Choose another one, or "
             f"continue its run with --resume_from_checkpoint."
         )
+
+
+@contextmanager
+def from_hub(argument: str, value: Any, kind: str) -> Generator[None, None, None]:
+    """Turn what goes wrong with a name or directory into a `RecipeError` that says which argument it was."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except (OSError, ValueError) as err:
+        raise RecipeError(f"`{argument}` must be {kind} on the Hub or its directory, got {value!r}: {err}") from err
 
 
 def load_rows(path: str, columns: Sequence[str]) -> Any:

@@ -111,12 +111,8 @@ def load_text(args: DataArguments) -> tuple[Any, Any]:
     import datasets
 
     if args.dataset_name is not None:
-        try:
+        with common.from_hub("dataset_name", args.dataset_name, "a dataset"):
             splits = datasets.load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
-        except (OSError, ValueError) as err:
-            raise common.RecipeError(
-                f"`dataset_name` must be a dataset on the Hub or its directory, got {args.dataset_name!r}: {err}"
-            ) from err
         if "train" not in splits:
             raise common.RecipeError(
                 f"The dataset {args.dataset_name!r} must have a split `train`, got {', '.join(splits)}. Take one."
@@ -145,12 +141,8 @@ def load_text(args: DataArguments) -> tuple[Any, Any]:
 def load_tokenizer(args: ModelArguments, rows: Any, column: str) -> Any:
     """Return the named tokenizer, or a byte-level BPE trained on the rows."""
     if args.tokenizer_name is not None:
-        try:
+        with common.from_hub("tokenizer_name", args.tokenizer_name, "a tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
-        except (OSError, ValueError) as err:
-            raise common.RecipeError(
-                f"`tokenizer_name` must be a tokenizer on the Hub or its directory, got {args.tokenizer_name!r}: {err}"
-            ) from err
         if tokenizer.eos_token_id is None:
             raise common.RecipeError(
                 f"`tokenizer_name` must have an end-of-text token, got {args.tokenizer_name!r}. Choose another."
@@ -186,12 +178,8 @@ def build_model(args: ModelArguments, tokenizer: Any, block_size: int) -> GPT2LM
     if args.config_name == "gpt2":
         config = AutoConfig.for_model("gpt2")
     else:
-        try:
+        with common.from_hub("config_name", args.config_name, "a model"):
             config = AutoConfig.from_pretrained(args.config_name)
-        except (OSError, ValueError) as err:
-            raise common.RecipeError(
-                f"`config_name` must be a model on the Hub or its directory, got {args.config_name!r}: {err}"
-            ) from err
         if config.model_type != "gpt2":
             raise common.RecipeError(
                 f"`config_name` must be of a GPT-2, got one of {config.model_type}. Choose another."

@@ -118,7 +118,7 @@ def check_labels(labels: Any, task: Task, where: str, name: str) -> None:
 def load_model(args: GlueArguments, task: Task) -> tuple[Any, Any]:
     """Return the model with a head for the task, and its tokenizer; a head of another size is replaced if asked."""
     name = args.model_name_or_path
-    try:
+    with common.from_hub("model_name_or_path", name, "a model"):
         config = AutoConfig.from_pretrained(name)
         has_head = any("ForSequenceClassification" in c for c in config.architectures or [])
         if has_head and config.num_labels != task.num_labels and not args.new_head:
@@ -134,10 +134,6 @@ def load_model(args: GlueArguments, task: Task) -> tuple[Any, Any]:
             name, config=config, ignore_mismatched_sizes=args.new_head
         )
         return model, AutoTokenizer.from_pretrained(name)
-    except OSError as err:
-        raise common.RecipeError(
-            f"`model_name_or_path` must be a model on the Hub or its directory, got {name!r}: {err}"
-        ) from err
 
 
 def set_classifier_dropout(config: Any, value: float) -> None:

@@ -53,14 +53,9 @@ def load(path: str) -> Any:
 
 def build_model(args: LoraArguments) -> tuple[Any, Any]:
     """Return the model with a fresh adapter, and its tokenizer."""
-    try:
+    with common.from_hub("model_name_or_path", args.model_name_or_path, "a causal language model"):
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    except (OSError, ValueError) as err:
-        raise common.RecipeError(
-            f"`model_name_or_path` must be a causal language model on the Hub or its directory, got "
-            f"{args.model_name_or_path!r}: {err}"
-        ) from err
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -40,6 +41,16 @@ def command(arguments, cwd, environment, seconds=150):
             _kill(process)
             raise
     return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+def launch(directory, num, *arguments, **environment):
+    """Run `hf-ivon ARGUMENTS` in so many processes, started as users start them, and return what it printed."""
+    root = str(Path(__file__).parent.parent)
+    variables = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(num)]
+    torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "tests.run_and_exit"]
+    start = torchrun if num > 1 else ["-m", "hf_ivon"]
+    return command([sys.executable, *start, *arguments], directory, variables)
 
 
 def _kill(process):

@@ -1,5 +1,7 @@
 """Several processes: fresh noise in each, curvature from local gradients, one posterior at the end."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -56,20 +58,27 @@ def summary(model, optimizer):
     return state
 
 
+@contextmanager
+def noise_of():
+    """Draw the noise that a process of several would draw: the one named in the mapping that is yielded."""
+    perturb, coordinates = WeightSampler.perturb, {}
+
+    def as_rank(self, p, group, state, key):
+        seed, stream, _, window, _, index = key
+        perturb(self, p, group, state, (seed, stream, coordinates["rank"], window, coordinates["draw"], index))
+
+    WeightSampler.perturb = as_rank
+    try:
+        yield coordinates
+    finally:
+        WeightSampler.perturb = perturb
+
+
 def one_process(world_size, branches=False, approx="price"):
     """The same draws in one process: every rank's micro-batches one after another."""
     model = net(branches)
     optimizer = IVON(model.parameters(), **OPTIONS, hess_approx=approx)
-    coordinates = {}
-    perturb = WeightSampler.perturb
-
-    def as_rank(self, p, group, state, key):
-        seed, stream, _, window, _, index = key
-        key = (seed, stream, coordinates["rank"], window, coordinates["draw"], index)
-        perturb(self, p, group, state, key)
-
-    WeightSampler.perturb = as_rank
-    try:
+    with noise_of() as coordinates:
         for step in range(STEPS):
             for micro in range(MICRO):
                 for rank in range(world_size):
@@ -82,8 +91,6 @@ def one_process(world_size, branches=False, approx="price"):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    finally:
-        WeightSampler.perturb = perturb
     return summary(model, optimizer)
 
 
@@ -173,13 +180,7 @@ def test_samples_are_averaged_in_every_process(tmp_path, view):
     torch.manual_seed(3)
     model = nn.Linear(6, 1)
     optimizer = IVON(model.parameters(), **OPTIONS)
-    perturb, coordinates = WeightSampler.perturb, {}
-
-    def as_rank(self, p, group, state, key):
-        perturb(self, p, group, state, (*key[:2], coordinates["rank"], key[3], coordinates["draw"], key[5]))
-
-    WeightSampler.perturb = as_rank
-    try:
+    with noise_of() as coordinates:
         for step in range(3):
             for sample in range(3):
                 for rank in range(2):
@@ -189,8 +190,6 @@ def test_samples_are_averaged_in_every_process(tmp_path, view):
                         optimizer.zero_grad()
                         nn.functional.mse_loss(model(x), y).backward()
             optimizer.step()
-    finally:
-        WeightSampler.perturb = perturb
     for name, value in summary(model, optimizer).items():
         torch.testing.assert_close(found[0][name], value, rtol=2e-5, atol=2e-6)
         assert torch.equal(found[0][name], found[1][name])

@@ -85,7 +85,7 @@ def with_fsdp(rank, world_size, replicas, each):
     train(model, optimizer, rank, world_size, range(STEPS), each)
     with pytest.raises(ValueError, match="must be whole to be sampled here"):
         Posterior.from_optimizer(optimizer, model).sample(dict(model.named_parameters()))
-    states = [s for s in optimizer.state.values()]
+    states = list(optimizer.state.values())
     assert all(isinstance(s["hess"], DTensor) and isinstance(s["momentum"], DTensor) for s in states)
     return summary(model, optimizer)
 

@@ -1,19 +1,16 @@
 """The recipes that go through Accelerate and TRL, on tiny models: end to end, resumed, and in two processes."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import peft
 import pytest
 from safetensors.torch import load_file
-from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel
 
 from hf_ivon import load_posterior
 from recipes import common, demo, glue_tasks, run_glue_no_trainer
-from tests import processes
+from tests import processes, tiny
 from tests.test_run_glue import model_dir, write_rows
 
 __all__ = ["model_dir"]
@@ -68,10 +65,7 @@ def test_loop_runs_in_two_processes(tmp_path, model_dir):
     """Started by a launcher, the loop must shard the data, average the curvature and write once."""
     files = write_rows(tmp_path, glue_tasks.TASKS["mrpc"])
     script = ROOT / "recipes" / "run_glue_no_trainer.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script)]
-    done = processes.command([*command, *loop_flags(tmp_path, model_dir), *files], tmp_path, environment)
+    done = processes.launch(tmp_path, 2, "run", str(script), *loop_flags(tmp_path, model_dir), *files)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("mrpc, ivon") == 1
     assert load_posterior(tmp_path / "out").config.steps == 4  # 24 examples, 2 x 4 x 2 in a step: 2 an epoch
@@ -93,13 +87,7 @@ def test_lora_recipe_saves_a_posterior_over_the_adapter(tmp_path, auto_disabled_
     from recipes import run_sft_lora
 
     sentences = [f"The number {i} is smaller than the number {i + 1}." for i in range(24)]
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(sentences, vocab_size=300, special_tokens=["<|endoftext|>", "<pad>"], show_progress=False)
-    special = {"eos_token": "<|endoftext|>", "pad_token": "<pad>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
-    sizes = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "gpt2")
-    tokenizer.save_pretrained(tmp_path / "gpt2")
+    tiny.save_gpt2(tmp_path / "gpt2", sentences, 64)
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": s}) for s in sentences))
     flags = {
         "model_name_or_path": tmp_path / "gpt2",

@@ -2,17 +2,14 @@
 
 import importlib.util
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tokenizers import ByteLevelBPETokenizer
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from hf_ivon import load_posterior
-from tests import processes
+from tests import processes, tiny
 
 ROOT = Path(__file__).parent.parent
 FLAGS = {
@@ -34,13 +31,7 @@ LORA = {"use_peft": "true", "lora_r": 2, "lora_target_modules": ".*(c_attn|c_pro
 def work(tmp_path):
     """A tiny GPT-2 and two data sets, in directories as a download would leave them."""
     sentences = [f"The number {i} is smaller than the number {i + 1}, and so on." for i in range(32)]
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(sentences, vocab_size=300, special_tokens=["<|endoftext|>", "<pad>"], show_progress=False)
-    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<pad>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
-    sizes = {"vocab_size": len(tokenizer), "n_positions": 256, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "gpt2")
-    tokenizer.save_pretrained(tmp_path / "gpt2")
+    tiny.save_gpt2(tmp_path / "gpt2", sentences, 256)
     text = [{"text": s} for s in sentences]
     pairs = [{"prompt": s[:20], "chosen": s[20:], "rejected": " nonsense."} for s in sentences]
     for name, rows in (("text", text), ("pairs", pairs)):
@@ -49,9 +40,8 @@ def work(tmp_path):
     return tmp_path
 
 
-def launch(directory, *command):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = processes.command([sys.executable, *command], directory, environment)
+def launch(directory, *command, num=1):
+    done = processes.launch(directory, num, "run", *command)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -70,7 +60,7 @@ def script(name):
 def test_trl_scripts_run_as_shipped(work, name, data, lora):
     """What people really start: the script of a library, which knows nothing of IVON."""
     options = {"model_name_or_path": "gpt2", "dataset_name": data, "output_dir": "out", **(LORA if lora else {})}
-    output = launch(work, "-m", "hf_ivon", "run", script(name), *flags({**options, **FLAGS}))
+    output = launch(work, script(name), *flags({**options, **FLAGS}))
     assert "ivon_sigma_q50" in output
     for directory in ("checkpoint-2", "checkpoint-3", "."):
         posterior = load_posterior(work / "out" / directory)
@@ -118,10 +108,7 @@ def test_sentence_transformers_trainer_as_shipped(work, num, lora):
     BertModel(BertConfig(**sizes, intermediate_size=32)).save_pretrained(work / "bert")
     tokenizer.save_pretrained(work / "bert")
     (work / "script.py").write_text(SENTENCE_TRANSFORMERS.format(lora=lora))
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    torchrun += ["--rdzv_endpoint", "localhost:0"]
-    start = [*torchrun, "-m", "tests.run_and_exit"] if num == 2 else ["-m", "hf_ivon"]
-    output = launch(work, *start, "run", "script.py")
+    output = launch(work, "script.py", num=num)
     assert output.count("moved True True IVON") == num
     assert load_posterior(work / "out" / "checkpoint-3").config.steps == 3
     posterior = load_posterior(work / "out")

@@ -1,8 +1,6 @@
 """Trainer runs in several processes, started as users start them: `torchrun -m hf_ivon run script.py`."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -72,17 +70,11 @@ SETTINGS = {
 }
 
 
-def launch(directory, num, *command, **environment):
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num)]
-    start += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    return processes.command([*start, "-m", "tests.run_and_exit", "run", *command], directory, variables)
-
-
 def train(directory, num=2, check=True, environment=None, **settings):
     directory.mkdir(exist_ok=True)
     (directory / "script.py").write_text(SCRIPT)
-    done = launch(directory, num, "script.py", *flags({**SETTINGS, **settings}), **(environment or {}))
+    command = ["run", "script.py", *flags({**SETTINGS, **settings})]
+    done = processes.launch(directory, num, *command, **(environment or {}))
     if check:
         assert done.returncode == 0, done.stderr[-4000:]
         return [json.loads((directory / f"rank-{rank}.json").read_text()) for rank in range(num)]
@@ -139,7 +131,7 @@ def test_a_process_that_dies_ends_the_run_with_whole_checkpoints(tmp_path):
 def test_trl_scripts_in_two_processes(work, name, data, lora):
     """TRL's scripts with two processes: bf16 autocast and gradient checkpointing are their defaults."""
     options = {"model_name_or_path": "gpt2", "dataset_name": data, "output_dir": "out", **(LORA if lora else {})}
-    done = launch(work, 2, script(name), *flags({**options, **FLAGS}))
+    done = processes.launch(work, 2, "run", script(name), *flags({**options, **FLAGS}))
     assert done.returncode == 0, done.stderr[-4000:]
     posterior = load_posterior(work / "out")
     assert posterior.config.steps == 3

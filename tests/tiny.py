@@ -1,7 +1,14 @@
 """Tiny models and data sets, built from configurations: nothing is downloaded."""
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from hf_ivon import IVONTrainingArguments
 
@@ -59,3 +66,15 @@ def arguments(directory, **settings):
     if settings.get("optim", "ivon") == "ivon":
         defaults |= {"ivon_ess": 1e4, "ivon_hess_init": 0.1, "ivon_beta2": 0.9, "weight_decay": 1e-3}
     return IVONTrainingArguments(**{**defaults, **settings})
+
+
+def save_gpt2(directory, sentences, n_positions):
+    """Save a tiny GPT-2 and a tokenizer trained on sentences, as a download would leave them; return the tokenizer."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(sentences, vocab_size=300, special_tokens=["<|endoftext|>", "<pad>"], show_progress=False)
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
+    sizes = {"vocab_size": len(tokenizer), "n_positions": n_positions, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return tokenizer
