@@ -5,8 +5,7 @@ The result is a posterior like IVON's, so that such models can be merged, sample
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from hf_ivon import functional
 from hf_ivon.posterior import Posterior, mean_digest, posterior_keys, unwrap
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
 from hf_ivon.predict import evaluation_mode, logits_of
-
-logger = logging.getLogger(__name__)
 
 ESTIMATORS = ("squared-gradient", "ggn")
 _IGNORED = -100
@@ -66,20 +63,18 @@ def estimate_posterior(
     if not params:
         raise ValueError("The model must have parameters that require gradients, got none. Unfreeze some.")
     generator = torch.Generator().manual_seed(seed)
-    totals = {name: torch.zeros_like(p, dtype=torch.float64, device="cpu") for name, p in params.items()}
+    totals = _Totals(params)
     examples, units, of_tokens = 0, 0, False
-    squares = _Squares(unwrap(model), params)
-    with evaluation_mode(model):
-        for inputs, labels in _examples(data, squares.device):
-            weighted, counted, of_tokens = _targets(model, inputs, labels, estimator, generator)
-            for weight, target in weighted:
-                for name, square in squares(inputs, target).items():
-                    totals[name] += weight * square.double().cpu()
+    with evaluation_mode(model), torch.enable_grad():
+        for inputs, labels in _examples(data, next(iter(params.values())).device):
+            logits = logits_of(unwrap(model), inputs)
+            weighted, counted, of_tokens = _losses(logits, labels, estimator, generator)
+            totals.add(weighted)
             examples += 1
             units += counted
     if not units:
         raise ValueError("`data` must hold examples that count, got none. Check the split, and its labels.")
-    hess = {name: (total / units).float() for name, total in totals.items()}
+    hess = {name: total.float().cpu().div_(units) for name, total in totals.sums().items()}
     size = train_size or units
     average = sum(float(h.double().sum()) for h in hess.values()) / sum(h.numel() for h in hess.values())
     config = PosteriorConfig(
@@ -100,20 +95,38 @@ def estimate_posterior(
     return Posterior(variance, config)
 
 
-class _Squares:
-    """Squared gradients of one example's log-probability."""
+class _Totals:
+    """Sums of squared gradients, fp32: in two stages, so that a sum of millions does not swallow the next one."""
 
-    def __init__(self, model: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
-        self._model = model
+    _STAGE = 1024
+
+    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
         self._params = params
-        self.device = next(iter(params.values())).device
+        self._recent = self._zeros()
+        self._earlier: dict[str, Tensor] | None = None
+        self._count = 0
 
-    def __call__(self, inputs: Mapping[str, Tensor], loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        with torch.enable_grad():
-            value = loss(logits_of(self._model, inputs))
-            grads = torch.autograd.grad(value, list(self._params.values()), allow_unused=True)
-        pairs = zip(self._params.items(), grads, strict=True)
-        return {name: torch.zeros_like(p) if g is None else g.detach().square() for (name, p), g in pairs}
+    def _zeros(self) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self._params.items()}
+
+    def add(self, weighted: list[tuple[float, Tensor]]) -> None:
+        """Add the squared gradients of losses of one forward pass, each times its weight."""
+        for i, (weight, loss) in enumerate(weighted):
+            more = i + 1 < len(weighted)
+            grads = torch.autograd.grad(loss, list(self._params.values()), retain_graph=more, allow_unused=True)
+            for total, grad in zip(self._recent.values(), grads, strict=True):
+                if grad is not None:
+                    grad = grad.detach().float()
+                    total.addcmul_(grad, grad, value=weight)
+        self._count += 1
+        if self._count % self._STAGE == 0:
+            self._earlier, self._recent = self.sums(), self._zeros()
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the sums so far."""
+        if self._earlier is None:
+            return self._recent
+        return {name: self._earlier[name] + recent for name, recent in self._recent.items()}
 
 
 def _examples(
@@ -135,35 +148,28 @@ def _examples(
             yield one, target
 
 
-def _targets(
-    model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor | None, estimator: str, generator: torch.Generator
-) -> tuple[list[tuple[float, Callable[[Tensor], Tensor]]], int, bool]:
-    """Return weighted negative log-probabilities of the logits, their units, and whether these are tokens."""
-    with torch.no_grad():
-        logits = logits_of(model, inputs).float().cpu()
+def _losses(
+    logits: Tensor, labels: Tensor | None, estimator: str, generator: torch.Generator
+) -> tuple[list[tuple[float, Tensor]], int, bool]:
+    """Return weighted negative log-probabilities of an example, their units, and whether these are tokens."""
+    logits = logits.float()
+    known = logits.detach().cpu()
     if logits.dim() == 3:
         if estimator == "ggn":
             raise ValueError("`estimator` must be 'squared-gradient' for a language model, got 'ggn'. Pass that.")
         counts = torch.ones(logits.shape[1] - 1, dtype=torch.bool)
         if labels is not None:
             counts = labels[0, 1:].cpu() != _IGNORED
-        drawn = torch.multinomial(logits[0, :-1].softmax(-1), 1, generator=generator)[:, 0]
-        drawn = torch.where(counts, drawn, torch.full_like(drawn, _IGNORED))
-
-        def of_drawn(out: Tensor) -> Tensor:
-            target = drawn.to(out.device)
-            return nn.functional.cross_entropy(out[0, :-1].float(), target, reduction="sum")
-
-        return [(1.0, of_drawn)] if counts.any() else [], int(counts.sum()), True
+        if not counts.any():
+            return [], 0, True
+        drawn = torch.multinomial(known[0, :-1].softmax(-1), 1, generator=generator)[:, 0]
+        drawn = torch.where(counts, drawn, torch.full_like(drawn, _IGNORED)).to(logits.device)
+        return [(1.0, nn.functional.cross_entropy(logits[0, :-1], drawn, reduction="sum"))], int(counts.sum()), True
     if logits.shape[-1] == 1:
         # A Gaussian of unit variance: the gradient of its log-probability is the residual times that of the output.
         residual = 1.0 if estimator == "ggn" else float(torch.randn((), generator=generator))
-        return [(1.0, lambda out: residual * out.float().sum())], 1, False
-    probabilities = logits[0].softmax(-1)
-
-    def of_class(c: int) -> Callable[[Tensor], Tensor]:
-        return lambda out: -out[0].float().log_softmax(-1)[c]
-
+        return [(1.0, residual * logits.sum())], 1, False
+    losses, probabilities = -logits[0].log_softmax(-1), known[0].softmax(-1)
     if estimator == "ggn":
-        return [(float(p), of_class(c)) for c, p in enumerate(probabilities)], 1, False
-    return [(1.0, of_class(int(torch.multinomial(probabilities, 1, generator=generator))))], 1, False
+        return [(float(p), losses[c]) for c, p in enumerate(probabilities)], 1, False
+    return [(1.0, losses[int(torch.multinomial(probabilities, 1, generator=generator))])], 1, False

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_ivon import load_posterior, save_posterior
-from hf_ivon.curvature import estimate_posterior
+from hf_ivon.curvature import _Totals, estimate_posterior
 from hf_ivon.merge import merge
 from tests import tiny
 
@@ -101,6 +101,17 @@ def test_sum_over_tokens_equals_a_loop():
     for name, value in total.items():
         torch.testing.assert_close(1 / (100 * (value / 5 + DELTA)), posterior.variance[name], rtol=1e-4, atol=0)
     assert posterior.config.num_examples == 100
+
+
+def test_sums_in_stages_are_the_sum(monkeypatch):
+    """In fp32 a sum of millions of squares would stop growing; the stages must lose none."""
+    data, _ = batches()
+    model = Linear(3)
+    whole = estimate_posterior(model, data, weight_decay=DELTA)
+    monkeypatch.setattr(_Totals, "_STAGE", 5)
+    staged = estimate_posterior(model, data, weight_decay=DELTA)
+    for name in whole.names():
+        torch.testing.assert_close(whole.variance[name], staged.variance[name], rtol=1e-5, atol=0)
 
 
 def test_the_result_is_a_posterior_like_any_other(tmp_path):
