@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_ivon import distributed
+from hf_ivon import distributed, replicas
 from hf_ivon.functional import cache_sized
 from hf_ivon.state import state_dtype
 
@@ -85,6 +85,7 @@ class GradientCapture:
         self._buffers: dict[Tensor, Tensor] = {}
         self._hooked: set[Tensor] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._groups = replicas.GroupGradients()
         weakref.finalize(self, _remove_all, self._handles)
         self._at_mean: set[Tensor] = set()
         self._stale: dict[Tensor, tuple[int, int]] = {}
@@ -102,9 +103,9 @@ class GradientCapture:
     def attach(self, params: Iterable[Tensor]) -> None:
         """Hook the parameters that are not hooked yet; the hooks die with this object."""
         reference = weakref.ref(self)
-        for p in params:
-            if p in self._hooked:
-                continue
+        new = [p for p in params if p not in self._hooked]
+        self._groups.watch(new)
+        for p in new:
 
             def on_gradient(grad: Tensor, p: Tensor = p) -> Tensor | None:
                 capture = reference()
@@ -165,6 +166,7 @@ class GradientCapture:
             raise RuntimeError(_AUTOGRAD_GRAD)
         if not context.accumulated:
             return
+        self._groups.check()
         if self.contexts:
             self._settle(context)
         with torch.no_grad():
@@ -237,7 +239,10 @@ class GradientCapture:
         """
         if distributed.world_size() == 1 or self._squared:  # squares are of reduced gradients
             return
+        params = list(params)
         whole = [p for p in params if not distributed.is_sharded(p)]  # sharded gradients come reduced
+        groups = [p for p in params if p in self._started and replicas.is_replicated(p)]
+        replicas.average_over_groups(groups, [distributed.local(self._buffers[p]) for p in groups])
         for p in whole:
             if p not in self._started:
                 self._started.add(p)
@@ -273,18 +278,19 @@ class GradientCapture:
 
     def _on_accumulated(self, p: Tensor) -> None:
         context = self._context
+        of_group = self._groups.take(p) if replicas.is_replicated(p) else None
         if context is None or p not in self._means:
             self._at_mean.add(p)
             return
         context.accumulated.add(p)
         if distributed.is_sharded(p):
-            self._on_reduced(context, p)
+            self._on_reduced(context, p, of_group)
 
-    def _on_reduced(self, context: _Context, p: Tensor) -> None:
+    def _on_reduced(self, context: _Context, p: Tensor, of_group: Tensor | None) -> None:
         """Take in a sharded gradient, which is seen only after its reduction, and in the last micro-batch only.
 
         All of the window's micro-batches had the same sample, so that its whole gradient goes with that noise: what
-        was captured before is in it, and is written over.
+        was captured before is in it, and is written over. A replica group's own gradient is new, and is added.
 
         Raises:
             RuntimeError: If contexts are weighted or averaged, or an earlier step's gradient is still there.
@@ -296,9 +302,11 @@ class GradientCapture:
             context.cleared.add(p.grad is not context.before[p][0])
         elif p.grad is not None and context.stale.get(p) is p.grad:
             raise RuntimeError(_STALE)
-        self._started.discard(p)
-        if not self._squared and p.grad is not None:
-            self._add_noise_grad(context, p, p.grad)
+        if self._squared or p.grad is None:
+            return
+        if of_group is None:
+            self._started.discard(p)
+        self._add_noise_grad(context, p, p.grad if of_group is None else of_group)
 
     def _check_first(self, context: _Context, p: Tensor) -> None:
         """Read off `p.grad`, before this context adds to it, whether the window's gradient was cleared."""

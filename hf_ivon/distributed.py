@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,12 +64,16 @@ def reshard() -> None:
 
     The next forward pass would otherwise run on them, and not on what was written to the shards since.
     """
+    for module in sharded_modules():
+        module.reshard()
+
+
+def sharded_modules() -> list[Any]:
+    """Return the modules of this process that FSDP2's `fully_shard` was applied to."""
     from torch.distributed._composable_state import _module_state_mapping  # the only list of modules that there is
     from torch.distributed.fsdp import FSDPModule
 
-    for module in list(_module_state_mapping):
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    return [module for module in list(_module_state_mapping) if isinstance(module, FSDPModule)]
 
 
 def shard_start(tensor: Tensor) -> int:
@@ -93,16 +98,17 @@ def shard_start(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def average_(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by their averages over all processes, which must pass the same shapes in the same order.
+def average_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace tensors by their averages over processes, which must pass the same shapes in the same order.
 
     Args:
         tensors: Tensors of any shapes, changed in place. Small ones travel together, 32 MiB at a time.
+        group: The processes; None is all.
     """
-    num = world_size()
+    num = dist.get_world_size(group)
     for bucket in _buckets(tensors):
         flat = torch.cat([t.flatten() for t in bucket]) if len(bucket) > 1 else bucket[0].contiguous().view(-1)
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=group)
         flat.div_(num)
         for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             if tensor.data_ptr() != part.data_ptr():

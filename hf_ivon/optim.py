@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ivon import distributed, functional
+from hf_ivon import distributed, functional, replicas
 from hf_ivon.capture import GradientCapture
 from hf_ivon.options import check_options
 from hf_ivon.sampling import WeightSampler
@@ -195,8 +195,8 @@ class IVON(torch.optim.Optimizer):
             self._inside = True
             for index, (group, p) in enumerate(self._parameters()):
                 if p.requires_grad:
-                    # A sharded parameter is one in all processes, and keeps its sample for the whole window (capture).
-                    r, d = (0, 1 if train else draw) if distributed.is_sharded(p) else (rank, draw)
+                    # A sharded parameter is one in its replica group, and keeps its sample for the whole window.
+                    r, d = (replicas.replica(p), 1) if train and distributed.is_sharded(p) else (rank, draw)
                     key = (group["seed"], stream, r, group["window"], d, index)
                     self._sampler.perturb(p, group, self._state(p, group), key)
             self._sampler.forget_copies()

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_ivon import IVON, Posterior
 from tests import processes
-from tests.test_distributed import MICRO, OPTIONS, STEPS, batch, share
+from tests.test_distributed import MICRO, OPTIONS, STEPS, batch, noise_of, share
 
 WIDE = 37  # rows that no number of processes divides
 
@@ -38,8 +38,8 @@ def loss_of(model, step, rank, micro, world_size):
     return ((model(x) - y) ** 2).sum() * share(world_size)
 
 
-def train(model, optimizer, rank, world_size, steps, each=False):
-    """As the Trainer does: gradients are reduced in the last micro-batch only, unless in each."""
+def train(model, optimizer, rank, world_size, steps, reduced="last"):
+    """As the Trainer does: gradients are reduced in the last micro-batch only, unless in each, or in part in each."""
     for step in steps:
         # A forward pass alone leaves whole copies of the weights behind, of the mean and of a sample.
         with torch.no_grad():
@@ -47,7 +47,8 @@ def train(model, optimizer, rank, world_size, steps, each=False):
             with optimizer.sampled_params():
                 model(batch(step, rank, 0, world_size)[0])
         for micro in range(MICRO):
-            model.set_requires_gradient_sync(each or micro == MICRO - 1)
+            model.set_requires_gradient_sync(reduced != "last" or micro == MICRO - 1)
+            model.set_requires_all_reduce(reduced != "in part" or micro == MICRO - 1)
             with optimizer.sampled_params(train=True):
                 # FSDP averages over the processes, so the sum over them needs their number.
                 (loss_of(model, step, rank, micro, world_size) * world_size).backward()
@@ -65,24 +66,30 @@ def summary(model, optimizer):
     return {"mean": mean, "variance": dict(posterior.variance), "digest": posterior.config.mean_digest}
 
 
-def one_process(world_size):
-    """One sample for the whole window, seen by the micro-batches of all processes."""
+def one_process(world_size, replicas):
+    """One sample for the whole window and replica group, seen by the micro-batches of all its processes."""
     model = net()
     optimizer = IVON(model.parameters(), **OPTIONS)
-    for step in range(STEPS):
-        with optimizer.sampled_params(train=True):
-            parts = [(r, j) for r in range(world_size) for j in range(MICRO)]
-            sum(loss_of(model, step, r, j, world_size) for r, j in parts).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    shards = world_size // replicas
+    with noise_of() as coordinates:
+        for step in range(STEPS):
+            for replica in range(replicas):
+                coordinates.update(rank=replica, draw=1)
+                with optimizer.sampled_params(train=True):
+                    parts = [(replica * shards + s, j) for s in range(shards) for j in range(MICRO)]
+                    sum(loss_of(model, step, r, j, world_size) for r, j in parts).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
     return summary(model, optimizer)
 
 
-def with_fsdp(rank, world_size, replicas, each):
+def with_fsdp(rank, world_size, replicas, reduced):
     model = sharded(replicas)
     optimizer = IVON(model.parameters(), **OPTIONS)
-    train(model, optimizer, rank, world_size, range(STEPS), each)
+    model(batch(0, rank, 0, world_size)[0]).sum().backward()  # a gradient at the mean, which is not to count
+    model.zero_grad()
+    train(model, optimizer, rank, world_size, range(STEPS), reduced)
     with pytest.raises(ValueError, match="must be whole to be sampled here"):
         Posterior.from_optimizer(optimizer, model).sample(dict(model.named_parameters()))
     states = list(optimizer.state.values())
@@ -91,21 +98,23 @@ def with_fsdp(rank, world_size, replicas, each):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "replicas", "each"),
+    ("world_size", "replicas", "reduced"),
     [
-        pytest.param(2, 1, False, id="reduced at the end"),
-        pytest.param(2, 1, True, id="reduced in each micro-batch"),
-        pytest.param(4, 1, False, id="4 processes", marks=pytest.mark.slow),
-        pytest.param(4, 2, False, id="HSDP", marks=pytest.mark.slow),
+        pytest.param(2, 1, "last", id="reduced at the end"),
+        pytest.param(2, 1, "each", id="reduced in each micro-batch"),
+        pytest.param(4, 1, "last", id="4 processes", marks=pytest.mark.slow),
+        pytest.param(4, 2, "last", id="replica groups"),
+        pytest.param(4, 2, "each", id="replica groups, reduced in each micro-batch", marks=pytest.mark.slow),
+        pytest.param(4, 2, "in part", id="replica groups, averaged over at the end", marks=pytest.mark.slow),
     ],
 )
-def test_shards_equal_one_process(tmp_path, world_size, replicas, each):
-    """The sample of a shard must be the shard of the sample, and the window's gradient go with its own noise.
+def test_shards_equal_one_process(tmp_path, world_size, replicas, reduced):
+    """The sample of a shard must be the shard of its group's sample, and a group's gradient go with its own noise.
 
     Tolerance: fp32 round-off of sums in another order, over 10 steps.
     """
-    expected = one_process(world_size)
-    results = processes.run(with_fsdp, world_size, tmp_path, replicas, each)
+    expected = one_process(world_size, replicas)
+    results = processes.run(with_fsdp, world_size, tmp_path, replicas, reduced)
     for found in results:
         assert found["digest"] == results[0]["digest"]
         for part in ("mean", "variance"):
@@ -168,6 +177,24 @@ def mistake(rank, world_size, weight, zero):
 def test_samples_that_shards_cannot_have_are_refused(tmp_path, weight, zero):
     """Averaging samples of one shard would pair gradients with another sample's noise."""
     assert processes.run(mistake, 2, tmp_path, weight, zero) == [True, True]
+
+
+def left_out(rank, world_size):
+    model = sharded(replicas=2)
+    optimizer = IVON(model[0].parameters(), **OPTIONS)
+    optimizer.add_param_group({"params": [model[2].weight]})  # and the bias of the same module is in no optimizer
+    try:
+        with optimizer.sampled_params(train=True):
+            loss_of(model, 0, rank, 0, world_size).backward()
+    except RuntimeError as err:
+        return "must hold all parameters of a sharded module" in str(err)
+    return False
+
+
+@pytest.mark.slow
+def test_parameters_that_the_optimizer_lacks_are_refused(tmp_path):
+    """A replica group's gradients come in one piece; with parts unknown, others would get the wrong part."""
+    assert processes.run(left_out, 4, tmp_path) == [True] * 4
 
 
 def stale(rank, world_size, clear):
