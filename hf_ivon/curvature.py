@@ -27,6 +27,7 @@ def estimate_posterior(
     estimator: str = "squared-gradient",
     weight_decay: float = 1e-5,
     train_size: int | None = None,
+    scale: float = 1.0,
     seed: int = 0,
 ) -> Posterior:
     r"""Estimate a posterior around a trained model from the curvature of its loss on data.
@@ -44,6 +45,7 @@ def estimate_posterior(
         weight_decay: Prior precision per example δ of the posterior, loss/param², > 0.
         train_size: What the model's training loss averaged over, λ of the posterior: examples, or label tokens of a
             language model; by default what `data` has.
+        scale: How many times as much the training data was as `data`; goes into λ where `train_size` is not given.
         seed: Of the labels that are drawn.
 
     Returns:
@@ -55,10 +57,7 @@ def estimate_posterior(
     Source:
         Daheim et al., arXiv:2310.12808, Section 4 (squared gradients of single examples, labels from the model).
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, got {estimator!r}. Choose one.")
-    if not weight_decay > 0:
-        raise ValueError(f"`weight_decay` must be positive, got {weight_decay!r}. It keeps the variances finite.")
+    check_settings(estimator, weight_decay)
     params = {name: p for name, p in posterior_keys(model).items() if p.requires_grad}
     if not params:
         raise ValueError("The model must have parameters that require gradients, got none. Unfreeze some.")
@@ -75,13 +74,13 @@ def estimate_posterior(
     if not units:
         raise ValueError("`data` must hold examples that count, got none. Check the split, and its labels.")
     hess = {name: total.float().cpu().div_(units) for name, total in totals.sums().items()}
-    size = train_size or units
+    size = train_size or round(units * scale)
     average = sum(float(h.double().sum()) for h in hess.values()) / sum(h.numel() for h in hess.values())
     config = PosteriorConfig(
         ess=float(size),
         weight_decay=weight_decay,
         hess_init=max(average, 1e-30),
-        num_examples=examples if of_tokens else size,
+        num_examples=round(examples * scale) if of_tokens else size,
         num_tokens=size if of_tokens else None,
         steps=0,
         betas=(0.0, 0.0),
@@ -93,6 +92,14 @@ def estimate_posterior(
         name: functional.posterior_variance(h, ess=float(size), weight_decay=weight_decay) for name, h in hess.items()
     }
     return Posterior(variance, config)
+
+
+def check_settings(estimator: str, weight_decay: float) -> None:
+    """Raise a `ValueError` for an unknown estimator, or a weight decay that is not positive."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, got {estimator!r}. Choose one.")
+    if not weight_decay > 0:
+        raise ValueError(f"`weight_decay` must be positive, got {weight_decay!r}. It keeps the variances finite.")
 
 
 class _Totals:

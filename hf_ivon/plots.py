@@ -139,6 +139,48 @@ def sigma_per_layer(posterior: Posterior, path: str | PathLike[str], *, title: s
     return _save(figure, path)
 
 
+def trade_offs(
+    points: Sequence[Mapping[str, float]], best: Sequence[bool], path: str | PathLike[str], *, title: str | None = None
+) -> Path:
+    """Draw what merges with different weights reach on each data set; those on the Pareto front stand out.
+
+    Two data sets are the axes; more are side by side, one line a merge.
+
+    Args:
+        points: The metric by data set, one mapping a merge.
+        best: Whether a merge is on the front.
+        path: The figure's file, such as `sweep.png`.
+        title: Above the figure.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If there is no point or no data set.
+    """
+    names = list(points[0]) if points else []
+    if not names:
+        raise ValueError("`points` must hold metrics to draw, got none. Evaluate at least one merge.")
+    figure, axes = _axes(width=6.4, height=4.0)
+    rows = [[point[name] for name in names] for point in points]
+    others = [row for row, is_best in zip(rows, best, strict=True) if not is_best]
+    front = sorted(row for row, is_best in zip(rows, best, strict=True) if is_best)
+    if len(names) == 2:
+        axes.scatter(*zip(*others, strict=True), color="#999999", s=18, label="dominated") if others else None
+        axes.plot(*zip(*front, strict=True), "o-", color="#0072B2", markersize=5, label="Pareto front")
+        axes.set_xlabel(names[0])
+        axes.set_ylabel(names[1])
+    else:
+        for color, lines, label in (("#999999", others, "dominated"), ("#0072B2", front, "Pareto front")):
+            for i, row in enumerate(lines):
+                axes.plot(range(len(names)), row, "o-", color=color, markersize=4, label=label if i == 0 else None)
+        axes.set_xticks(range(len(names)), names)
+    axes.legend(frameon=False)
+    if title is not None:
+        axes.set_title(title)
+    return _save(figure, path)
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
     """Order names so that layer 2 comes before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

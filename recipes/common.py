@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
+from hf_ivon import data
 
 
 class RecipeError(ValueError):
@@ -90,20 +90,10 @@ def load_rows(path: str, columns: Sequence[str]) -> Any:
     Raises:
         RecipeError: If the file is missing, of another kind, empty, or lacks a column.
     """
-    import datasets
-
-    file = Path(path)
-    if not file.is_file():
-        raise RecipeError(f"The data file {path!r} does not exist. Check the path.")
-    suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
-    if suffix not in _FORMATS:
-        raise RecipeError(f"A data file must be one of {', '.join(_FORMATS)} (also .gz), got {path!r}. Convert it.")
     try:
-        rows = datasets.load_dataset(_FORMATS[suffix], data_files=str(file), split="train")
-    except Exception as err:  # datasets wraps the reader's errors in classes of its own
-        cause = err.__cause__ or err
-        raise RecipeError(f"The data file {path!r} cannot be read as {suffix[1:]}: {cause}") from err
-    return check_rows(rows, columns, repr(path))
+        return data.load_rows(path, columns)
+    except ValueError as err:
+        raise RecipeError(str(err)) from err
 
 
 def check_rows(rows: Any, columns: Sequence[str], where: str) -> Any:
@@ -112,13 +102,10 @@ def check_rows(rows: Any, columns: Sequence[str], where: str) -> Any:
     Raises:
         RecipeError: If a column is missing, or there is no row.
     """
-    names = rows.column_names
-    missing = [c for c in columns if names is not None and c not in names]
-    if missing:
-        raise RecipeError(f"The data in {where} lacks the column(s) {', '.join(missing)}; it has {', '.join(names)}.")
-    if hasattr(rows, "__len__") and len(rows) == 0:
-        raise RecipeError(f"The data in {where} is empty. Check the split.")
-    return rows
+    try:
+        return data.check_rows(rows, columns, where)
+    except ValueError as err:
+        raise RecipeError(str(err)) from err
 
 
 def write_results(directory: str, results: dict[str, Any]) -> Path:

@@ -6,6 +6,7 @@ import shutil
 import peft
 import pytest
 import torch
+from peft.utils.merge_utils import ties as peft_ties
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, BertModel
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from hf_ivon import Posterior, PosteriorConfig, load_posterior, save_posterior
 from hf_ivon.cli.main import app
 from hf_ivon.cli.merge import spread
-from hf_ivon.merge import engine, merge, methods
+from hf_ivon.merge import engine, merge, methods, rules
 from hf_ivon.posterior import mean_digest, posterior_keys
 from tests import tiny
 
@@ -65,7 +66,8 @@ def tensors(directory):
 def test_uncertainty_is_the_papers_equation(models, monkeypatch, weights, block):
     """Each weight must be trusted as its Hessian says, N * h of its own model; also when cut into blocks."""
     directory, names, hessians = models
-    monkeypatch.setattr(engine, "_BLOCK", block)
+    monkeypatch.setattr(rules, "_READ", block)
+    monkeypatch.setattr(rules, "_COMPUTE", 7 * block // 10)
     merge(names, directory / "out", base_model=directory / "base", weights=weights)
     found, base = tensors(directory / "out"), tensors(directory / "base")
     alpha = weights or [1.0] * 3
@@ -125,7 +127,7 @@ def test_gaussian_merges_again(models):
     assert found.config.estimator == "merge-gaussian"
 
 
-@pytest.mark.parametrize("method", ["average", "task-arithmetic", "fisher", "ties", "dare"])
+@pytest.mark.parametrize("method", ["average", "task-arithmetic", "fisher", "ties"])
 def test_the_other_rules_reach_the_files(models, method):
     """A method that is accepted and ignored would merge by another one."""
     directory, names, hessians = models
@@ -137,12 +139,37 @@ def test_the_other_rules_reach_the_files(models, method):
         if method == "fisher":
             scaled = [n * h[key] for n, h in zip(SIZES, hessians, strict=True)]
             expected = methods.fisher(parts, scaled, weights)
-        elif method in ("ties", "dare"):
-            extra = {"seed": 0} if method == "dare" else {}
-            expected = getattr(methods, method)(start, parts, weights, 0.5, **extra)
+        elif method == "ties":
+            expected = start + peft_ties([p - start for p in parts], torch.tensor(weights), 0.5)
         else:
             expected = sum(w * p for w, p in zip(weights, parts, strict=True))
         torch.testing.assert_close(found[key], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dare_drops_and_rescales(models):
+    """Each difference is dropped or divided by the density, in every tensor and model by noise of its own."""
+    directory, names, _ = models
+    merge(names[:1] * 2, directory / "out", base_model=directory / "base", method="dare", density=0.5)
+    found, base, one = tensors(directory / "out"), tensors(directory / "base"), tensors(directory / "a")
+    counts = []
+    for key, start in base.items():
+        counts.append(((found[key] - start) / (one[key] - start) / 2).round(decimals=2).flatten())
+        assert set(counts[-1].tolist()) <= {0.0, 1.0, 2.0}
+    kept = torch.cat(counts)
+    # each weight is kept in 0, 1 or 2 of the two models: mean 1, variance 1/2; 5 deviations
+    assert abs(kept.mean() - 1) < 5 * (0.5 / len(kept)) ** 0.5
+    alike = [c for c in counts if len(c) == 16 * 16]
+    assert not torch.equal(alike[0], alike[1]), "tensors of one shape are dropped alike"
+    merge(names[:1] * 2, directory / "again", base_model=directory / "base", method="dare", density=0.5)
+    assert all(torch.equal(found[k], v) for k, v in tensors(directory / "again").items())
+
+
+@pytest.mark.parametrize("k", [0, 1, 17, 500, 1000])
+def test_the_threshold_of_ties_is_exact(k):
+    """The magnitude from which a share of a tensor is kept, found in blocks that never meet in memory."""
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(k)) * 1e-3
+    found = methods.kth_largest_magnitude(lambda: values.split(64), k)
+    assert found == (values.abs().sort(descending=True).values[k - 1].item() if k else float("inf"))
 
 
 def test_heads_are_settled_by_the_user(models):

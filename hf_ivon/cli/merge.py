@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-_LISTS = ("--models", "--weights")
+_LISTS = ("--models", "--weights", "--text-columns", "--data")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -29,19 +29,33 @@ def spread(arguments: Sequence[str]) -> list[str]:
 
 
 def merge(
-    models: Annotated[list[str], typer.Option(help="Directories or repositories on the Hub: --models A B C.")],
+    models: Annotated[
+        list[str], typer.Option(help="Directories or repositories (ID or ID@REVISION): --models A B C.")
+    ],
     output_dir: Annotated[Path, typer.Option(help="Where the merge goes; must be empty or new.")],
     base_model: Annotated[str | None, typer.Option(help="The model that all were finetuned from.")] = None,
     method: Annotated[
         str, typer.Option(help="uncertainty, gaussian, fisher, average, task-arithmetic, ties or dare.")
     ] = "uncertainty",
-    weights: Annotated[list[float] | None, typer.Option(help="One number per model: --weights 1 0.5 2.")] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="One number per model: --weights 1 0.5 2; or examples, for their numbers.")
+    ] = None,
     heads: Annotated[
-        str | None, typer.Option(help="For tensors that differ between the models: drop, or keep:MODEL.")
+        str | None, typer.Option(help="For tensors that differ between the models: drop, separate, or keep:MODEL.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Of the merged weights: {', '.join(_DTYPES)}.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     density: Annotated[float, typer.Option(help="Share of each difference that ties and dare keep.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    sweep: Annotated[
+        int | None, typer.Option(min=1, help="Try all weights in steps of 1/N, and merge with the best.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="What the weights of a sweep add up to.")] = 1.0,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Labelled rows for a sweep: --data NAME=FILE NAME=FILE.")
+    ] = None,
+    text_columns: Annotated[list[str] | None, typer.Option(help="Columns of the data that hold text.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens at which a text is cut.")] = 128,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and its problems; read no weights.")
     ] = False,
@@ -53,23 +67,86 @@ def merge(
 
     if dtype is not None and dtype not in _DTYPES:
         raise typer.BadParameter(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    rule: dict[str, Any] = {"base_model": base_model, "method": method, "heads": heads, "density": density}
     try:
+        chosen = _numbers(weights)
+        points = None
+        if sweep is not None and not dry_run:
+            points = _sweep(models, output_dir, rule, seed, sweep, scale, data or [], text_columns or [], max_length)
+            chosen = max(points, key=lambda point: point["score"])["weights"]
         report = run(
             models,
             output_dir,
-            base_model=base_model,
-            method=method,
-            weights=weights or None,
-            heads=heads,
+            **rule,
+            weights=chosen,
             dtype=None if dtype is None else getattr(torch, dtype),
-            density=density,
+            max_shard_size=max_shard_size,
             seed=seed,
             dry_run=dry_run,
         )
-    except ValueError as err:
+        if points is not None:
+            _keep_sweep(points, output_dir)
+    except (ValueError, ImportError) as err:
         typer.echo(f"error: {err}", err=True)
         raise typer.Exit(2) from None
     _show(report, output_dir, dry_run)
+
+
+def _numbers(weights: Sequence[str] | None) -> list[float] | Any:
+    if not weights or list(weights) == ["examples"]:
+        return weights and "examples"
+    try:
+        return [float(w) for w in weights]
+    except ValueError:
+        raise ValueError(f"`weights` must be numbers or 'examples', got {' '.join(weights)}.") from None
+
+
+def _sweep(
+    models: list[str],
+    output_dir: Path,
+    rule: dict[str, Any],
+    seed: int,
+    steps: int,
+    scale: float,
+    data: Sequence[str],
+    text_columns: Sequence[str],
+    max_length: int,
+) -> list[dict[str, Any]]:
+    """Evaluate merges along a grid, print a table, and return the points."""
+    from functools import partial
+
+    from hf_ivon.data import evaluate, load_batches, load_checkpoint
+    from hf_ivon.merge.plan import make_plan
+    from hf_ivon.merge.sweep import main_metric, sweep
+
+    files = dict(item.partition("=")[::2] for item in data)
+    if not files or not all(files.values()):
+        raise ValueError(f"`data` must be given for a sweep as NAME=FILE, got {' '.join(data) or 'none'}.")
+    plan = make_plan(models, output_dir=output_dir, seed=seed, **rule)
+    model, tokenizer = load_checkpoint(plan.models[0].directory)
+    columns = {"text_columns": text_columns, "max_length": max_length}
+    batches = {name: load_batches(file, model, tokenizer, **columns) for name, file in files.items()}
+    points = sweep(plan, {name: partial(evaluate, batches=b) for name, b in batches.items()}, steps=steps, scale=scale)
+    for point in points:
+        shown = "  ".join(f"{name} {main_metric(m)[1]:.4f}" for name, m in point["metrics"].items())
+        mark = "*" if point["pareto"] else " "
+        typer.echo(f"{mark} {' '.join(f'{w:.2f}' for w in point['weights'])}  {shown}")
+    typer.echo("* on the Pareto front")
+    return points
+
+
+def _keep_sweep(points: list[dict[str, Any]], directory: Path) -> None:
+    """Write a sweep's numbers and its figure beside the merge."""
+    from hf_ivon.data import write_json
+    from hf_ivon.merge.sweep import main_metric
+    from hf_ivon.plots import trade_offs
+
+    write_json(directory / "sweep.json", points)
+    values = [{name: main_metric(m)[1] for name, m in point["metrics"].items()} for point in points]
+    try:
+        trade_offs(values, [point["pareto"] for point in points], directory / "sweep.png")
+    except ImportError:
+        typer.echo("No figure was drawn: it needs matplotlib, pip install 'hf_ivon[plots]'.")
 
 
 def _show(report: dict[str, Any], output_dir: Path, dry_run: bool) -> None:
@@ -78,7 +155,12 @@ def _show(report: dict[str, Any], output_dir: Path, dry_run: bool) -> None:
     typer.echo(
         f"{report['num_merged']} of {report['num_tensors']} tensors ({size:.1f} MiB) {what} by {report['method']}."
     )
-    for name, key in (("without posterior", "without_posterior"), ("dropped", "dropped"), ("kept", "kept")):
+    for name, key in (
+        ("without posterior", "without_posterior"),
+        ("dropped", "dropped"),
+        ("kept", "kept"),
+        ("heads", "separate"),
+    ):
         if report[key]:
             listed = list(report[key])
             typer.echo(f"{name}: {', '.join(listed[:5])}{' ...' if len(listed) > 5 else ''} ({len(listed)})")

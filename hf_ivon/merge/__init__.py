@@ -5,8 +5,9 @@ from types import ModuleType
 from typing import Any
 
 from hf_ivon.merge.engine import merge
+from hf_ivon.merge.heads import load_head
 
-__all__ = ["merge"]
+__all__ = ["load_head", "merge"]
 
 
 class _CallableModule(ModuleType):

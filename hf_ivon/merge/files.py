@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from hf_ivon.checkpoint import open_posterior, posterior_files
@@ -42,12 +43,11 @@ class Checkpoint:
     config: PosteriorConfig | None
 
     @classmethod
-    def open(cls, name: str, revision: str | None, problems: list[str]) -> Checkpoint:
+    def open(cls, name: str, problems: list[str]) -> Checkpoint:
         """Open a directory, or a repository on the Hub.
 
         Args:
-            name: A directory, or a repository's id.
-            revision: Of the repository.
+            name: A directory, or a repository's id, with "@REVISION" behind it for another than the newest.
             problems: Where to say what is wrong with it.
 
         Returns:
@@ -57,9 +57,10 @@ class Checkpoint:
         if not directory.is_dir():
             from huggingface_hub import snapshot_download
 
+            repository, _, revision = name.partition("@")
             patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
             try:
-                directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+                directory = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
             except (OSError, ValueError) as err:
                 problems.append(f"{name} is neither a directory nor can it be downloaded ({err})")
                 directory = Path(os.devnull)
@@ -73,6 +74,11 @@ class Checkpoint:
             problems += [f"{name}: {problem}" for problem in wrong]
         return cls(name, directory, is_adapter, tensors, posterior, config)
 
+    @property
+    def short_name(self) -> str:
+        """The last part of the name, which heads and data sets go by."""
+        return Path(self.name.partition("@")[0] if not Path(self.name).is_dir() else self.name).resolve().name
+
     def json(self, file: str) -> dict[str, Any]:
         """Return a JSON file of the directory, empty if there is none."""
         path = self.directory / file
@@ -80,21 +86,59 @@ class Checkpoint:
 
 
 class Writer:
-    """Writes a safetensors file tensor by tensor; what is written is on the disk and not in memory.
+    """Writes safetensors files tensor by tensor; what is written is on the disk and not in memory.
 
     Args:
-        path: The file.
+        directory: Where to.
+        stem: "model", "adapter_model" or "posterior".
         layout: Dtype and shape by name; tensors must be written in this order.
-        metadata: Strings for the file's header.
+        metadata: Strings for the files' headers.
+        max_shard_size: Largest file, in bytes or like "5GB"; more go into shards with an index.
+
+    Attributes:
+        files: The files written.
     """
 
     def __init__(
-        self, path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+        self,
+        directory: Path,
+        stem: str,
+        layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+        max_shard_size: int | str,
     ) -> None:
-        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        self._layout, self._metadata = layout, dict(metadata)
+        split = split_state_dict_into_shards_factory(
+            dict(layout),
+            get_storage_size=_num_bytes,
+            filename_pattern=f"{stem}{{suffix}}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        self._file_of = split.tensor_to_filename
+        self._names = split.filename_to_tensors
+        self.files = [directory / name for name in self._names] if layout else []
+        self._file: BinaryIO | None = None
+        self._expected = 0
+        if split.is_sharded:
+            index = {"metadata": {**split.metadata, **self._metadata}, "weight_map": split.tensor_to_filename}
+            path = directory / f"{stem}.safetensors.index.json"
+            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def write(self, name: str, rows: Tensor) -> None:
+        """Append rows of a tensor."""
+        path = next(p for p in self.files if p.name == self._file_of[name])
+        if self._file is None or self._file.name != str(path):
+            self._finish()
+            self._begin(path)
+        assert self._file is not None
+        self._file.write(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def _begin(self, path: Path) -> None:
+        header: dict[str, Any] = {"__metadata__": self._metadata}
         end = 0
-        for name, (dtype, shape) in layout.items():
-            start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        for name in self._names[path.name]:
+            dtype, shape = self._layout[name]
+            start, end = end, end + _num_bytes((dtype, shape))
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
@@ -102,9 +146,15 @@ class Writer:
         self._file = path.open("wb")
         self._file.write(struct.pack("<Q", len(text)) + text)
 
-    def write(self, rows: Tensor) -> None:
-        """Append rows of the tensor that is next."""
-        self._file.write(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    def _finish(self) -> None:
+        if self._file is None:
+            return
+        with self._file as file:
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        if size != self._expected:
+            raise RuntimeError(f"The file has {size} bytes and should have {self._expected}. Please report this.")
 
     def __enter__(self) -> Writer:
         """Open."""
@@ -114,12 +164,15 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close; a file that is not complete is an error."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        size = self._file.tell()
-        self._file.close()
-        if kind is None and size != self._expected:
-            raise RuntimeError(f"The file has {size} bytes and should have {self._expected}. Please report this.")
+        if kind is None:
+            self._finish()
+        elif self._file is not None:
+            self._file.close()
+
+
+def _num_bytes(described: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    dtype, shape = described
+    return dtype.itemsize * torch.Size(shape).numel()
 
 
 def row_blocks(shape: tuple[int, ...], max_elements: int) -> Iterator[tuple[int, int]]:

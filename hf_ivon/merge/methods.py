@@ -6,7 +6,7 @@ Notation: :math:`\theta_0` = `base`, :math:`\theta_t` = `models[t]`, :math:`\alp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -141,24 +141,55 @@ def fisher(models: Sequence[Tensor], hessians: Sequence[Tensor], weights: Sequen
     return torch.where(total > 0, weighted / total, average(models, weights))
 
 
-def ties(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
+def ties(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], thresholds: Sequence[float]) -> Tensor:
     """Return the base with the models' differences trimmed, their signs elected and the agreeing ones averaged.
 
     Args:
         base: Weights that every model was finetuned from.
         models: Tensors of its shape.
         weights: One number per model.
-        density: Share of each difference that is kept, the largest, in (0, 1].
+        thresholds: One per model, param: smaller differences are trimmed; see `kth_largest_magnitude`.
 
     Returns:
         Tensor of that shape.
 
     Source:
-        Yadav et al., arXiv:2306.01708; PEFT's `ties`.
+        Yadav et al., arXiv:2306.01708; sign election and merge are PEFT's.
     """
-    from peft.utils.merge_utils import ties as peft_ties
+    from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, reshape_weight_task_tensors
 
-    return base + peft_ties([m - base for m in models], torch.tensor(weights, dtype=base.dtype), density)
+    differences = [m - base for m in models]
+    kept = torch.stack([torch.where(d.abs() >= t, d, 0.0) for d, t in zip(differences, thresholds, strict=True)])
+    scaled = kept * reshape_weight_task_tensors(kept, torch.tensor(weights, dtype=base.dtype))
+    return base + disjoint_merge(scaled, calculate_majority_sign_mask(kept))
+
+
+def kth_largest_magnitude(blocks: Callable[[], Iterable[Tensor]], k: int) -> float:
+    """Return the k-th largest absolute value of a tensor that is given in blocks, exactly, in two passes.
+
+    Args:
+        blocks: Returns the blocks, fp32, finite, the same ones in each pass.
+        k: At least 1 for a value; 0 gives infinity.
+
+    Returns:
+        The value; an fp32 number.
+    """
+    if k < 1:
+        return float("inf")
+    # The bits of absolute values are ordered as the values: first the upper half is found, then the lower.
+    found, remaining = 0, k
+    for shift in (16, 0):
+        counts = torch.zeros(2**16, dtype=torch.int64)
+        for block in blocks():
+            bits = block.abs().reshape(-1).view(torch.int32)
+            if not shift:
+                bits = bits[(bits >> 16) == found] & 0xFFFF
+            counts += torch.bincount(bits >> shift, minlength=2**16)
+        above = counts.flip(0).cumsum(0)
+        place = int((above < remaining).sum())
+        remaining -= int(above[place - 1]) if place else 0
+        found = (found << 16 if not shift else 0) + 2**16 - 1 - place
+    return float(torch.tensor(found, dtype=torch.int32).view(torch.float32))
 
 
 def dare(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], density: float, seed: int) -> Tensor:
@@ -189,5 +220,5 @@ def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         raise ValueError(f"`weights` must be one per model, got {len(weights)} for {len(tensors)}. Give one each.")
     total = tensors[0] * weights[0]
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total = total + tensor * weight
+        total.add_(tensor, alpha=weight)
     return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_ivon.merge.files import Checkpoint
 from hf_ivon.tensor_files import Entry
@@ -27,8 +27,11 @@ class Plan:
         layout: Name, dtype and shape of every tensor of the result.
         merged: Names that the rule is applied to.
         kept: Names that are taken from one model.
-        dropped: Names that are left out.
+        dropped: Names that are left out, or that go into the heads if these are kept apart.
         base_prefix: What the base's names lack in front, such as "bert.".
+        separate: Whether each model's head is kept apart.
+        density: Share of each difference that `ties` and `dare` keep.
+        seed: Of what `dare` drops.
     """
 
     models: list[Checkpoint]
@@ -40,6 +43,9 @@ class Plan:
     kept: dict[str, Checkpoint]
     dropped: list[str]
     base_prefix: str
+    separate: bool = False
+    density: float = 0.2
+    seed: int = 0
 
     def base_name(self, name: str) -> str:
         """Return a tensor's name in the base."""
@@ -48,6 +54,10 @@ class Plan:
     def has_posterior(self, name: str) -> bool:
         """Tell whether every model has a variance for a tensor."""
         return all(m.posterior is not None and name in m.posterior.entries for m in self.models)
+
+    def trusts(self, name: str) -> bool:
+        """Tell whether the rule weighs a tensor by posteriors."""
+        return self.method in NEEDS_POSTERIOR and name not in self.kept and self.has_posterior(name)
 
     def summary(self) -> dict[str, Any]:
         """Return the plan in JSON types."""
@@ -62,7 +72,8 @@ class Plan:
             "num_merged": len(self.merged),
             "num_bytes": size,
             "kept": {name: model.name for name, model in self.kept.items()},
-            "dropped": self.dropped,
+            "dropped": [] if self.separate else self.dropped,
+            "separate": self.dropped if self.separate else [],
             "without_posterior": plain,
         }
 
@@ -72,11 +83,11 @@ def make_plan(
     base_model: str | None,
     *,
     method: str,
-    weights: Sequence[float] | None,
-    heads: str | None,
-    revisions: Sequence[str | None] | None,
-    output_dir: Path,
-    density: float,
+    weights: Sequence[float] | Literal["examples"] | None = None,
+    heads: str | None = None,
+    output_dir: Path | None = None,
+    density: float = 0.2,
+    seed: int = 0,
 ) -> Plan:
     """Look at all files' headers and return the plan.
 
@@ -84,11 +95,11 @@ def make_plan(
         models: Directories or repositories.
         base_model: What they were finetuned from.
         method: The rule.
-        weights: One number per model; None is 1 each.
-        heads: What to do with tensors that differ: None, "drop" or "keep:MODEL".
-        revisions: One per model; None is the newest.
-        output_dir: Where the result goes.
+        weights: One number per model; None is 1 each, "examples" the share of training examples.
+        heads: What to do with tensors that differ: None, "drop", "keep:MODEL" or "separate".
+        output_dir: Where the result goes; None if it is not written.
         density: Share that `ties` and `dare` keep.
+        seed: Of what `dare` drops.
 
     Returns:
         The plan.
@@ -96,12 +107,9 @@ def make_plan(
     Raises:
         ValueError: If anything is wrong; all problems are named.
     """
-    problems = _settings_problems(models, base_model, method, weights, revisions, output_dir, density)
-    given = list(revisions or [None] * len(models))
-    opened = [Checkpoint.open(m, r, problems) for m, r in zip(models, given, strict=False)]
-    base = None
-    if base_model is not None and method in NEEDS_BASE:
-        base = Checkpoint.open(base_model, None, problems)
+    problems = _settings_problems(models, base_model, method, weights, output_dir, density)
+    opened = [Checkpoint.open(m, problems) for m in models]
+    base = Checkpoint.open(base_model, problems) if base_model is not None and method in NEEDS_BASE else None
     if method in NEEDS_POSTERIOR:
         problems += [
             f"{m.name} has no posterior, which {method} needs: train it with IVON, or choose --method average"
@@ -119,22 +127,40 @@ def make_plan(
         different += lost
         common = [n for n in common if n not in set(lost)]
     kept, dropped = _settle(different, heads, opened, problems)
+    numbers = _weights(opened, weights, problems)
     if not common and not problems:
         problems.append("the models have no tensor in common")
     if problems:
         raise ValueError("The models cannot be merged: " + "; ".join(dict.fromkeys(problems)) + ".")
     layout = {n: opened[0].tensors.entries[n] for n in common} | {n: m.tensors.entries[n] for n, m in kept.items()}
-    numbers = [1.0] * len(opened) if weights is None else [float(w) for w in weights]
-    return Plan(opened, base, method, numbers, dict(sorted(layout.items())), common, kept, dropped, prefix)
+    tensors = dict(sorted(layout.items()))
+    separate = heads == "separate" and bool(dropped)
+    return Plan(opened, base, method, numbers, tensors, common, kept, dropped, prefix, separate, density, seed)
+
+
+def _weights(
+    models: Sequence[Checkpoint], weights: Sequence[float] | Literal["examples"] | None, problems: list[str]
+) -> list[float]:
+    if weights is None:
+        return [1.0] * len(models)
+    if weights != "examples":
+        return [float(w) for w in weights]
+    counts = [m.config.num_examples if m.config is not None else None for m in models]
+    problems += [
+        f"{m.name} does not say its number of training examples, which the weights shall follow: give numbers"
+        for m, count in zip(models, counts, strict=True)
+        if not count
+    ]
+    total = sum(count or 1 for count in counts)
+    return [len(counts) * (count or 1) / total for count in counts]
 
 
 def _settings_problems(
     models: Sequence[str],
     base_model: str | None,
     method: str,
-    weights: Sequence[float] | None,
-    revisions: Sequence[str | None] | None,
-    output_dir: Path,
+    weights: Sequence[float] | Literal["examples"] | None,
+    output_dir: Path | None,
     density: float,
 ) -> list[str]:
     problems = []
@@ -142,16 +168,18 @@ def _settings_problems(
         problems.append(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
     if not models:
         problems.append("`models` must name at least one model")
-    for name, values in (("weights", weights), ("revisions", revisions)):
-        if values is not None and len(values) != len(models):
-            problems.append(f"`{name}` must be one per model, got {len(values)} for {len(models)}")
-    if weights is not None and not (all(0 <= w < float("inf") for w in weights) and sum(weights) > 0):
-        problems.append(f"`weights` must be numbers of at least 0, not all 0, got {list(weights)}")
+    if isinstance(weights, str) and weights != "examples":
+        problems.append(f"`weights` must be numbers or 'examples', got {weights!r}")
+    elif weights is not None and not isinstance(weights, str):
+        if len(weights) != len(models):
+            problems.append(f"`weights` must be one per model, got {len(weights)} for {len(models)}")
+        if not (all(0 <= w < float("inf") for w in weights) and sum(weights) > 0):
+            problems.append(f"`weights` must be numbers of at least 0, not all 0, got {list(weights)}")
     if method in NEEDS_BASE and base_model is None:
         problems.append(f"`base_model` must be given for {method}, which starts from it")
     if not 0 < density <= 1:
         problems.append(f"`density` must be in (0, 1], got {density}")
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    if output_dir is not None and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         problems.append(f"`output_dir` must be empty or new, got {str(output_dir)!r}")
     return problems
 
@@ -212,22 +240,25 @@ def _settle(
     different: list[str], heads: str | None, models: Sequence[Checkpoint], problems: list[str]
 ) -> tuple[dict[str, Checkpoint], list[str]]:
     """Decide about tensors that cannot be merged."""
-    if not different or heads == "drop":
+    if heads == "separate" and len({m.short_name for m in models}) < len(models):
+        problems.append("two models have the same last part of their name, and so would their heads: rename one")
+    if not different or heads in ("drop", "separate"):
         return {}, different
     if heads is not None and heads.startswith("keep:"):
         wanted = heads.removeprefix("keep:")
         for model in models:
-            if wanted in (model.name, Path(model.name).name):
+            if wanted in (model.name, model.short_name):
                 kept = {n: model for n in different if n in model.tensors.entries}
                 return kept, [n for n in different if n not in kept]
         problems.append(f"`heads` names {wanted!r}, which is none of {', '.join(m.name for m in models)}")
     elif heads is not None:
-        problems.append(f"`heads` must be 'drop' or 'keep:MODEL', got {heads!r}")
+        problems.append(f"`heads` must be 'drop', 'separate' or 'keep:MODEL', got {heads!r}")
     else:
         listed = ", ".join(f"`{n}`" for n in different[:5]) + (" ..." if len(different) > 5 else "")
         problems.append(
             f"{len(different)} tensors are not in all models (and the base) in one shape, such as {listed}: pass "
-            f"--heads drop to leave them out, or --heads keep:MODEL to take them from one"
+            f"--heads drop to leave them out, --heads separate to keep those of each model apart, or --heads "
+            f"keep:MODEL to take them from one"
         )
     return {}, []
 

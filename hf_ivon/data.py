@@ -1,0 +1,231 @@
+"""Files of examples and the models they go with, for the commands: rows, tokens, batches, and how good a model is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
+_LABELS = ("label", "labels")
+
+
+def load_rows(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Any:
+    """Load a local file of rows (json, jsonl, csv or txt, also .gz) as a `datasets.Dataset`.
+
+    Args:
+        path: The file.
+        columns: Columns that it must have.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ImportError: If `datasets` is not installed.
+        ValueError: If the file is missing, of another kind, empty, or lacks a column.
+    """
+    try:
+        import datasets
+    except ImportError as err:
+        raise ImportError("Reading data files needs `datasets`: pip install 'hf_ivon[data]'.") from err
+
+    file, shown = Path(path), repr(str(path))
+    if not file.is_file():
+        raise ValueError(f"The data file {shown} does not exist. Check the path.")
+    suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
+    if suffix not in _FORMATS:
+        raise ValueError(f"A data file must be one of {', '.join(_FORMATS)} (also .gz), got {shown}. Convert it.")
+    try:
+        rows = datasets.load_dataset(_FORMATS[suffix], data_files=str(file), split="train")
+    except Exception as err:  # datasets wraps the reader's errors in classes of its own
+        cause = err.__cause__ or err
+        raise ValueError(f"The data file {shown} cannot be read as {suffix[1:]}: {cause}") from err
+    return check_rows(rows, columns, shown)
+
+
+def check_rows(rows: Any, columns: Sequence[str], where: str) -> Any:
+    """Return the rows, if there are some and they have the columns.
+
+    Args:
+        rows: A `datasets.Dataset`, or a streamed one.
+        columns: Columns that it must have.
+        where: What the message calls it.
+
+    Returns:
+        The same rows.
+
+    Raises:
+        ValueError: If a column is missing, or there is no row.
+    """
+    names = rows.column_names
+    missing = [c for c in columns if names is not None and c not in names]
+    if missing:
+        raise ValueError(f"The data in {where} lacks the column(s) {', '.join(missing)}; it has {', '.join(names)}.")
+    if hasattr(rows, "__len__") and len(rows) == 0:
+        raise ValueError(f"The data in {where} is empty. Check the split.")
+    return rows
+
+
+def load_checkpoint(directory: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
+    """Load a model, or an adapter with its base model, and the tokenizer beside it.
+
+    Args:
+        directory: A directory, or a repository's id.
+
+    Returns:
+        The model, of the class that its configuration names, in evaluation mode, and the tokenizer. Only an adapter's
+        own parameters require gradients.
+
+    Raises:
+        ValueError: If there is no model or no tokenizer.
+    """
+    import transformers
+
+    name = str(directory)
+    try:
+        if (Path(directory) / "adapter_config.json").is_file():
+            import peft
+
+            settings = peft.PeftConfig.from_pretrained(name)
+            config = transformers.AutoConfig.from_pretrained(settings.base_model_name_or_path)
+            auto = {"SEQ_CLS": "ForSequenceClassification", "CAUSAL_LM": "ForCausalLM"}.get(settings.task_type)
+            cls = getattr(transformers, f"AutoModel{auto}") if auto else model_class(config)
+            labels = _labels_of(Path(directory)) if auto == "ForSequenceClassification" else {}
+            base = cls.from_pretrained(settings.base_model_name_or_path, **labels)
+            model = peft.PeftModel.from_pretrained(base, name, is_trainable=True)
+        else:
+            config = transformers.AutoConfig.from_pretrained(name)
+            model = model_class(config).from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except OSError as err:
+        raise ValueError(
+            f"The model must be a directory or a repository with its tokenizer, got {name!r}: {err}"
+        ) from err
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def model_class(config: Any) -> Any:
+    """Return the Transformers class that a configuration names in `architectures`; a `ValueError` if it is unknown."""
+    import transformers
+
+    name = next(iter(config.architectures or []), None)
+    if name is None or not hasattr(transformers, name):
+        raise ValueError(
+            f"The model's configuration must name its class in `architectures`, got {config.architectures!r}."
+        )
+    return getattr(transformers, name)
+
+
+def _labels_of(directory: Path) -> dict[str, int]:
+    """Return the number of labels of an adapter's saved head, if it has one."""
+    from hf_ivon.tensor_files import TensorFiles
+
+    heads = [e for n, e in TensorFiles(directory, "adapter_model", []).entries.items() if n.endswith(
+        ("score.weight", "classifier.weight", "out_proj.weight"))]  # fmt: skip
+    return {"num_labels": heads[0].shape[0]} if heads else {}
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Tell whether a model predicts the next token."""
+    config: Any = getattr(model, "config", None)
+    names = [type(model).__name__, *(getattr(config, "architectures", None) or [])]
+    return any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in names)
+
+
+def load_batches(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    text_columns: Sequence[str] = (),
+    max_length: int = 128,
+    batch_size: int = 32,
+    max_examples: int | None = None,
+    seed: int = 0,
+) -> list[dict[str, Tensor]]:
+    """Return a file's examples as batches for a model, examples of similar length together.
+
+    Args:
+        path: A file of rows; see `load_rows`.
+        model: A classifier, a regression or a causal language model.
+        tokenizer: Its tokenizer.
+        text_columns: One column, or two for pairs; by default all columns that hold text, except the label.
+        max_length: Tokens at which a text is cut.
+        batch_size: Examples in a batch.
+        max_examples: Take a random choice of so many; None takes all.
+        seed: Of the choice.
+
+    Returns:
+        Batches of padded tensors, with `labels` where the file has a column `label`; of a language model, the tokens.
+
+    Raises:
+        ValueError: If the columns cannot be used.
+    """
+    from transformers import DataCollatorWithPadding
+
+    rows = load_rows(path, text_columns)
+    columns = list(text_columns) or [c for c in rows.column_names if c not in _LABELS and isinstance(rows[0][c], str)]
+    if not 1 <= len(columns) <= 2 or not all(isinstance(rows[0][c], str) for c in columns):
+        raise ValueError(
+            f"One or two columns of {str(path)!r} must be read as text, got {columns or 'none'} of "
+            f"{', '.join(rows.column_names)}. Name them by --text-columns."
+        )
+    if max_examples is not None and max_examples < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(max_examples))
+    label = next((c for c in _LABELS if c in rows.column_names), None)
+    is_lm = is_language_model(model)
+    inputs = tokenizer(*(list(rows[c]) for c in columns), truncation=True, max_length=max_length)
+    examples = [{k: v[i] for k, v in inputs.items()} for i in range(len(rows))]
+    if is_lm:
+        examples = [e for e in examples if len(e["input_ids"]) > 1]
+    elif label is not None:
+        examples = [{**e, "labels": value} for e, value in zip(examples, rows[label], strict=True)]
+    examples.sort(key=lambda e: len(e["input_ids"]))
+    collate = DataCollatorWithPadding(tokenizer)
+    batches = [dict(collate(examples[i : i + batch_size])) for i in range(0, len(examples), batch_size)]
+    for batch in batches:
+        if is_lm:
+            batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
+    return batches
+
+
+def evaluate(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Return how good a model is at its weights: accuracy and NLL, mean squared error, or perplexity.
+
+    Args:
+        model: A classifier, a regression or a causal language model.
+        batches: Its batches, with labels.
+
+    Returns:
+        Metrics by name; the first one is what a table shows.
+
+    Raises:
+        ValueError: If the batches have no labels.
+    """
+    from hf_ivon import metrics
+    from hf_ivon.predict import posterior_perplexity, posterior_predict
+
+    if is_language_model(model):
+        return {"perplexity": posterior_perplexity(model, None, batches, num_samples=0)["perplexity"]}
+    found = posterior_predict(model, None, batches, num_samples=0)
+    if found.labels is None:
+        raise ValueError("The data must have a column `label` to be evaluated on, got none. Rename the column.")
+    if found.probabilities is None:
+        assert found.prediction_mean is not None
+        return {"mse": float((found.prediction_mean - found.labels).double().square().mean())}
+    accuracy = float((found.probabilities.argmax(-1) == found.labels).double().mean())
+    return {"accuracy": accuracy, "nll": metrics.negative_log_likelihood(found.probabilities, found.labels)}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,101 @@
+"""Many merges with different weights, each looked at in memory: which trade-offs between the tasks there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from huggingface_hub.utils import tqdm
+from torch import nn
+
+from hf_ivon.merge.engine import check_pairs, merged_state_dict
+from hf_ivon.merge.heads import build_model
+from hf_ivon.merge.plan import Plan
+
+Metrics = dict[str, float]
+_LOWER_IS_BETTER = ("nll", "mse", "perplexity", "loss")
+
+
+def sweep(
+    plan: Plan, evaluate: Mapping[str, Callable[[nn.Module], Metrics]], *, steps: int = 4, scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """Merge with all weights on a grid, and evaluate each merge.
+
+    Args:
+        plan: What to merge; its weights are not used.
+        evaluate: By name of a data set, a function from a model to its metrics, of which the first is the score. With
+            separate heads the names are those of the models, and each is called with that model's head.
+        steps: Weights are multiples of `scale / steps` that add up to `scale`.
+        scale: Sum of the weights.
+
+    Returns:
+        One mapping a merge: `weights`; `metrics` by data set; `score`, the average over data sets, higher is better;
+        `pareto`, whether no other merge is at least as good everywhere and better somewhere.
+
+    Raises:
+        ValueError: If `steps` or `scale` is not positive, a posterior does not belong to its mean, or a name is none
+            of the heads.
+    """
+    if steps < 1 or not 0 < scale < math.inf:
+        raise ValueError(f"`steps` and `scale` must be positive, got {steps} and {scale}. 4 and 1 are usual.")
+    check_pairs(plan)
+    points: list[dict[str, Any]] = []
+    for weights in tqdm(list(grid(len(plan.models), steps)), desc="Sweeping", unit="merge"):
+        scaled = [scale * w for w in weights]
+        state = merged_state_dict(dataclasses.replace(plan, weights=scaled))
+        metrics = {name: function(build_model(plan, state, name)) for name, function in evaluate.items()}
+        scores = [_score(m) for m in metrics.values()]
+        points.append({"weights": scaled, "metrics": metrics, "scores": scores, "score": sum(scores) / len(scores)})
+    front = pareto([point["scores"] for point in points])
+    for point, is_best in zip(points, front, strict=True):
+        del point["scores"]
+        point["pareto"] = is_best
+    return points
+
+
+def grid(num: int, steps: int) -> Iterator[list[float]]:
+    """Yield all lists of `num` multiples of 1 / `steps` that add up to 1.
+
+    Examples:
+        >>> list(grid(2, 2))
+        [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
+    """
+
+    def parts(num: int, left: int) -> Iterator[list[int]]:
+        if num == 1:
+            yield [left]
+            return
+        for first in range(left, -1, -1):
+            yield from ([first, *rest] for rest in parts(num - 1, left - first))
+
+    yield from ([part / steps for part in whole] for whole in parts(num, steps))
+
+
+def pareto(scores: Sequence[Sequence[float]]) -> list[bool]:
+    """Tell for each point whether no other is at least as good in all scores and better in one; higher is better.
+
+    Examples:
+        >>> pareto([[1.0, 0.0], [0.0, 1.0], [0.0, 0.5]])
+        [True, True, False]
+    """
+
+    def beats(a: Sequence[float], b: Sequence[float]) -> bool:
+        return all(x >= y for x, y in zip(a, b, strict=True)) and any(x > y for x, y in zip(a, b, strict=True))
+
+    return [not any(beats(other, point) for other in scores) for point in scores]
+
+
+def main_metric(metrics: Metrics) -> tuple[str, float]:
+    """Name the metric that a table shows, the first one.
+
+    Returns:
+        Its name and its value.
+    """
+    return next(iter(metrics.items()))
+
+
+def _score(metrics: Metrics) -> float:
+    name, value = main_metric(metrics)
+    return -value if name in _LOWER_IS_BETTER else value

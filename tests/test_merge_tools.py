@@ -1,0 +1,226 @@
+"""What stands around the merging rules: heads, shards, weights by examples, sweeps, the commands."""
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertTokenizerFast
+from typer.testing import CliRunner
+
+from hf_ivon import load_posterior
+from hf_ivon.cli.main import app
+from hf_ivon.cli.merge import spread
+from hf_ivon.data import evaluate, load_batches, load_checkpoint
+from hf_ivon.merge import engine, files, load_head, merge
+from hf_ivon.merge.plan import make_plan
+from hf_ivon.merge.sweep import grid, pareto, sweep
+from tests import tiny
+from tests.test_merge import SIZES, models, save, tensors
+
+__all__ = ["models"]
+WORDS = ["good", "bad", "film", "book", "very", "not", "a", "the", "is"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, spread([str(a) for a in arguments]))
+
+
+@pytest.fixture
+def classifiers(tmp_path):
+    """A base and two classifiers with tokenizers, and a file of labelled sentences for each."""
+    generator = torch.Generator().manual_seed(3)
+    tokenizer = BertTokenizerFast(
+        vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    )
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    for name in ("base", "films", "books"):
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(config)
+        with torch.no_grad():
+            for p in model.parameters() if name != "base" else ():
+                p.add_(0.3 * torch.randn(p.shape, generator=generator))
+        save(model, tmp_path / name, 100, generator)
+        tokenizer.save_pretrained(tmp_path / name)
+        rows = [{"text": f"the {name} is very {WORDS[i % 9]}", "label": i % 2} for i in range(12)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_separate_heads_come_back_as_each_model(models):
+    """One shared encoder with a head per task must give each task's own model class, labels and head."""
+    directory, names, _ = models
+    other = tiny.bert(num_labels=5, seed=9)
+    save(other, directory / "five", 10, torch.Generator().manual_seed(1))
+    mixed = [names[0], str(directory / "five")]
+    report = merge(mixed, directory / "out", base_model=directory / "base", heads="separate")
+    assert report["separate"] == ["classifier.bias", "classifier.weight"]
+    assert report["dropped"] == []
+    five, three = load_head(directory / "out", "five"), load_head(directory / "out", "a")
+    assert torch.equal(five.classifier.weight, other.classifier.weight)
+    assert three.num_labels == 3
+    shared = tensors(directory / "out")
+    for model in (five, three):
+        for name, p in model.named_parameters():
+            assert name.startswith("classifier") or torch.equal(p, shared[name])
+    with pytest.raises(ValueError, match=r"must be one of the merge's heads \(a, five\), got 'six'"):
+        load_head(directory / "out", "six")
+
+
+def test_heads_of_one_name_are_refused(models):
+    """Two directories called "best" would write over each other's head."""
+    directory, names, _ = models
+    save(tiny.bert(num_labels=5), directory / "more" / "a", 10, torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="two models have the same last part of their name"):
+        merge([names[0], str(directory / "more" / "a")], directory / "out", method="average", heads="separate")
+
+
+@pytest.mark.parametrize("method", ["average", "gaussian"])
+def test_shards_hold_the_same_merge(models, method):
+    """Large models come in shards: mean and posterior must be those of one file, and load."""
+    directory, names, _ = models
+    merge(names, directory / "one", method=method)
+    merge(names, directory / "many", method=method, max_shard_size=4000)
+    assert len(list((directory / "many").glob("model-*-of-*.safetensors"))) > 2
+    whole = BertForSequenceClassification.from_pretrained(directory / "one")
+    model = BertForSequenceClassification.from_pretrained(directory / "many")
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), model.parameters(), strict=True))
+    if method == "gaussian":
+        one, many = load_posterior(directory / "one", whole), load_posterior(directory / "many", model)
+        assert all(torch.equal(one.variance[n], many.variance[n]) for n in one.names())
+        merge([str(directory / "many"), names[0]], directory / "again", method=method)
+
+
+def test_weights_by_examples(models):
+    """A model of 300 examples counts three times one of 100; without the numbers it must be said."""
+    directory, names, _ = models
+    report = merge(names, directory / "out", method="average", weights="examples")
+    assert report["weights"] == pytest.approx([3 * n / sum(SIZES) for n in SIZES])
+    merge(names, directory / "same", method="average", weights=[float(n) for n in SIZES])
+    one, other = tensors(directory / "out"), tensors(directory / "same")
+    assert all(torch.allclose(one[k], other[k], atol=1e-7) for k in one)
+    with pytest.raises(ValueError, match="base does not say its number of training examples"):
+        merge([*names, str(directory / "base")], directory / "x", method="average", weights="examples")
+
+
+def test_a_revision_is_asked_for(models, monkeypatch):
+    """`ID@REVISION` must reach the Hub's client, not become part of the name."""
+    directory, names, _ = models
+    asked = []
+
+    def snapshot_download(repository, revision, allow_patterns):
+        asked.append((repository, revision))
+        return names[0]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    problems = []
+    checkpoint = files.Checkpoint.open("me/model@v2", problems)
+    assert (asked, problems, checkpoint.short_name) == ([("me/model", "v2")], [], "model")
+    files.Checkpoint.open("me/model", problems)
+    assert asked[-1] == ("me/model", None)
+
+
+def test_merging_in_memory_is_merging_to_disk(models):
+    """A sweep's previews must be what the merge then writes."""
+    directory, names, _ = models
+    plan = make_plan(names, str(directory / "base"), method="uncertainty", weights=[0.5, 1.0, 2.0])
+    merge(names, directory / "out", base_model=directory / "base", weights=[0.5, 1.0, 2.0])
+    state, written = engine.merged_state_dict(plan), tensors(directory / "out")
+    assert state.keys() == written.keys()
+    assert all(torch.equal(state[k], written[k]) for k in written)
+
+
+def test_a_sweep_looks_at_every_weight(classifiers):
+    """Each point's metrics must be those of the merge with its weights."""
+    names = [str(classifiers / n) for n in ("films", "books")]
+    plan = make_plan(names, None, method="gaussian")
+    model, tokenizer = load_checkpoint(names[0])
+    batches = load_batches(classifiers / "films.jsonl", model, tokenizer)
+    points = sweep(plan, {"films": lambda m: evaluate(m, batches)}, steps=2)
+    assert [p["weights"] for p in points] == [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
+    for name, point in zip(names, (points[0], points[2]), strict=True):
+        assert point["metrics"]["films"] == pytest.approx(evaluate(load_checkpoint(name)[0], batches))
+    best = max(p["score"] for p in points)
+    assert [p["pareto"] for p in points] == [p["score"] == best for p in points]
+
+
+def test_grid_and_front():
+    """All weights that add up to 1, and the points that no other beats; equal points are both on the front."""
+    found = list(grid(3, 4))
+    assert len(found) == len({tuple(p) for p in found}) == 15
+    assert all(sum(p) == 1 for p in found)
+    assert pareto([[1, 2], [1, 2], [0, 3], [0, 2]]) == [True, True, True, False]
+
+
+def test_the_sweep_command(classifiers):
+    """One command: table, figure, numbers, and the merge with the best weights; mistakes are one line."""
+    start = ["merge", "--models", classifiers / "films", classifiers / "books", "--base-model", classifiers / "base"]
+    start += ["--output-dir", classifiers / "out", "--sweep", 2]
+    result = invoke(*start)
+    assert result.exit_code == 2
+    assert "`data` must be given for a sweep as NAME=FILE" in result.output
+    data = [f"{name}={classifiers / name}.jsonl" for name in ("films", "books")]
+    result = invoke(*start, "--data", *data, "--scale", 2)
+    assert result.exit_code == 0, result.output
+    assert "on the Pareto front" in result.output
+    points = json.loads((classifiers / "out" / "sweep.json").read_text())
+    best = max(points, key=lambda p: p["score"])["weights"]
+    assert json.loads((classifiers / "out" / "merge_report.json").read_text())["weights"] == best
+    assert sum(best) == 2
+    assert (classifiers / "out" / "sweep.png").stat().st_size > 1000
+
+
+def test_the_card_names_what_was_merged(models):
+    """On the Hub a merge without its sources is a riddle; local paths are no links."""
+    directory, names, _ = models
+    merge(names, directory / "out", base_model=directory / "base", weights=[1.0, 0.5, 2.0])
+    text = (directory / "out" / "README.md").read_text()
+    assert text.startswith("---\ntags:\n- merge\n- hf_ivon\n---\n")
+    assert f"- {names[1]}, weight 0.5" in text
+    rows = re.findall(r"^\| bert\.encoder\.layer\.0 \| (.*)% \| (.*)% \| (.*)% \|$", text, re.M)
+    assert len(rows) == 1
+    assert sum(map(float, rows[0])) == pytest.approx(100, abs=0.2)
+
+
+def test_the_curvature_command(classifiers):
+    """A model trained with AdamW gets a posterior by one command, which merges; a posterior there is never lost."""
+    model = classifiers / "films"
+    flags = ["--data", classifiers / "films.jsonl", "--text-columns", "text"]
+    result = invoke("curvature", model, *flags)
+    assert result.exit_code == 2
+    assert "has a posterior, which would be lost" in result.output
+    for file in model.glob("posterior*"):
+        file.unlink()
+    result = invoke("curvature", model, *flags, "--fraction", 0.5)
+    assert result.exit_code == 0, result.output
+    posterior = load_posterior(model)
+    assert (posterior.config.num_examples, posterior.config.estimator) == (12, "squared-gradient")
+    report = merge([str(model), str(classifiers / "books")], classifiers / "out", base_model=classifiers / "base")
+    assert report["without_posterior"] == []
+    for wrong, message in (
+        (["--estimator", "other"], "`estimator` must be one of squared-gradient, ggn"),
+        (["--fraction", 2], "`fraction` must be in"),
+        (["--text-columns", "label"], "must be read as text, got .*label"),
+    ):
+        result = invoke("curvature", model, *flags[:2], "--output-dir", classifiers / "new", *wrong)
+        assert result.exit_code == 2, result.output
+        assert re.search(message, result.output)
+    assert not (classifiers / "new").exists()
+
+
+def test_language_models_have_batches_too(tmp_path):
+    """The labels of a language model are its tokens; padding does not count."""
+    tiny.save_gpt2(tmp_path / "gpt2", ["one two three", "four five"], 32)
+    (tmp_path / "rows.jsonl").write_text('{"text": "one two three"}\n{"text": "four"}\n')
+    model, tokenizer = load_checkpoint(tmp_path / "gpt2")
+    batches = load_batches(tmp_path / "rows.jsonl", model, tokenizer)
+    for batch in batches:
+        assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
+    assert evaluate(model, batches)["perplexity"] > 1
+    result = invoke("curvature", tmp_path / "gpt2", "--data", tmp_path / "rows.jsonl")
+    assert result.exit_code == 0, result.output
+    tokens = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+    assert load_posterior(tmp_path / "gpt2").config.num_tokens == tokens
+    assert AutoTokenizer.from_pretrained(tmp_path / "gpt2").pad_token == "<pad>"
