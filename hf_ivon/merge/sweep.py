@@ -74,7 +74,7 @@ def grid(num: int, steps: int) -> Iterator[list[float]]:
 
 
 def pareto(scores: Sequence[Sequence[float]]) -> list[bool]:
-    """Tell for each point whether no other is at least as good in all scores and better in one; higher is better.
+    """Return for each point whether no other is at least as good in all scores and better in one; higher is better.
 
     Examples:
         >>> pareto([[1.0, 0.0], [0.0, 1.0], [0.0, 0.5]])
@@ -88,11 +88,7 @@ def pareto(scores: Sequence[Sequence[float]]) -> list[bool]:
 
 
 def main_metric(metrics: Metrics) -> tuple[str, float]:
-    """Name the metric that a table shows, the first one.
-
-    Returns:
-        Its name and its value.
-    """
+    """Return the name and the value of the metric that a table shows, the first one."""
     return next(iter(metrics.items()))
 
 
