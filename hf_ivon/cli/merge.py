@@ -43,6 +43,12 @@ def merge(
     heads: Annotated[
         str | None, typer.Option(help="For tensors that differ between the models: drop, separate, or keep:MODEL.")
     ] = None,
+    adapters: Annotated[
+        str | None, typer.Option(help="For LoRA adapters of different ranks or targets: concat or svd.")
+    ] = None,
+    into_base: Annotated[
+        bool, typer.Option("--into-base", help="Fold merged adapters into their base model.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help=f"Of the merged weights: {', '.join(_DTYPES)}.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     density: Annotated[float, typer.Option(help="Share of each difference that ties and dare keep.")] = 0.2,
@@ -79,6 +85,8 @@ def merge(
             output_dir,
             **rule,
             weights=chosen,
+            adapters=adapters,
+            into_base=into_base,
             dtype=None if dtype is None else getattr(torch, dtype),
             max_shard_size=max_shard_size,
             seed=seed,

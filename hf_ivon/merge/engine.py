@@ -17,8 +17,9 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from hf_ivon.checkpoint import CONFIG_NAME
+from hf_ivon.checkpoint import CONFIG_NAME, posterior_files
 from hf_ivon.merge import report as reporting
+from hf_ivon.merge.adapters import fold, merge_products
 from hf_ivon.merge.files import Checkpoint, Writer, replace_in_header
 from hf_ivon.merge.heads import write_heads
 from hf_ivon.merge.plan import NEEDS_POSTERIOR, Plan, make_plan
@@ -53,6 +54,8 @@ def merge(
     method: str = "uncertainty",
     weights: Sequence[float] | Literal["examples"] | None = None,
     heads: str | None = None,
+    adapters: str | None = None,
+    into_base: bool = False,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     density: float = 0.2,
@@ -72,6 +75,10 @@ def merge(
             training examples, scaled to 1 on average.
         heads: What to do with tensors that not all models have in one shape: ``"drop"``, ``"keep:MODEL"``, or
             ``"separate"``: each model's own, in `heads/MODEL`, for `load_head`.
+        adapters: How to merge LoRA adapters of different ranks or targets, by `average` or `task-arithmetic`:
+            ``"concat"`` keeps the sum of their products exactly, ``"svd"`` at the largest of their ranks. By default A
+            is merged with A and B with B, which needs adapters of one kind.
+        into_base: Fold merged adapters into their base model, or into `base_model`, and write that.
         dtype: Of the merged weights; the first model's by default.
         max_shard_size: Largest file, in bytes or like "5GB"; adapters are always one file.
         density: Share of each difference that `ties` and `dare` keep.
@@ -91,6 +98,8 @@ def merge(
         method=method,
         weights=weights,
         heads=heads,
+        adapters=adapters,
+        into_base=into_base,
         output_dir=target,
         density=density,
         seed=seed,
@@ -101,19 +110,19 @@ def merge(
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        with ThreadPoolExecutor(max_workers=1) as checker:
-            pairs = checker.submit(_pair_problems, plan)  # reads what the merge reads, at the same time
-            try:
-                report["tensors"] = _write(plan, work, dtype, max_shard_size, pairs)
-            finally:
-                pairs.cancel()
-            _raise_problems(pairs.result())
+        if plan.products is None:
+            report["tensors"] = _write_checked(plan, work, dtype, max_shard_size)
+        else:
+            report["tensors"] = {}
+            report["ranks"] = merge_products(plan.models, plan.weights, plan.products, plan.method, work)
         report["notes"] = reporting.notes(plan.method, report["tensors"])
-        source = _carry_over(plan, work)
+        source = next(iter(plan.kept.values())) if plan.kept else plan.models[0]
+        _carry_over(source, work)
         if plan.separate:
             write_heads(plan, work)
-        if not plan.models[0].is_adapter or not (source.directory / "README.md").is_file():
-            (work / "README.md").write_text(reporting.card(report), encoding="utf-8")
+        if plan.fold_into is not None:
+            _fold(plan.fold_into, work, max_shard_size)
+        (work / "README.md").write_text(reporting.card(report), encoding="utf-8")
         (work / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if target.is_dir():
             target.rmdir()  # the plan made sure that it is empty
@@ -124,6 +133,26 @@ def merge(
     for note in report["notes"]:
         logger.warning("%s", note)
     return report
+
+
+def _write_checked(plan: Plan, work: Path, dtype: torch.dtype | None, max_shard_size: int | str) -> dict[str, Any]:
+    """Write the merge, and make sure meanwhile that every posterior belongs to its mean."""
+    with ThreadPoolExecutor(max_workers=1) as checker:
+        pairs = checker.submit(_pair_problems, plan)  # reads what the merge reads, at the same time
+        try:
+            described = _write(plan, work, dtype, max_shard_size, pairs)
+        finally:
+            pairs.cancel()
+        _raise_problems(pairs.result())
+    return described
+
+
+def _fold(base: Checkpoint, work: Path, max_shard_size: int | str) -> None:
+    """Replace the merged adapter by its base model with the adapter folded in."""
+    fold(base, Checkpoint.open(str(work), []), work, max_shard_size)
+    for file in [*work.glob("adapter_*"), *posterior_files(work)]:
+        file.unlink()
+    _carry_over(base, work)
 
 
 def merged_state_dict(plan: Plan) -> dict[str, Tensor]:
@@ -247,11 +276,10 @@ def _write_json(path: Path, config: PosteriorConfig) -> None:
     path.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-def _carry_over(plan: Plan, work: Path) -> Checkpoint:
-    """Copy configuration, tokenizer, templates and licence of the model whose head is kept, or of the first."""
-    source = next(iter(plan.kept.values())) if plan.kept else plan.models[0]
+def _carry_over(source: Checkpoint, work: Path) -> None:
+    """Copy configuration, tokenizer, templates and licence, where there are none yet."""
     for file in sorted(source.directory.iterdir()):
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth") or file.name.endswith(".index.json")
-        if file.is_file() and not weights and not file.name.startswith((".", *_LEFT_BEHIND)):
+        wanted = file.is_file() and not weights and not file.name.startswith((".", *_LEFT_BEHIND))
+        if wanted and not (work / file.name).exists():
             shutil.copyfile(file, work / file.name)
-    return source

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_ivon.merge.adapters import MODES, space_problems
 from hf_ivon.merge.files import Checkpoint
 from hf_ivon.tensor_files import Entry
 
@@ -30,6 +31,8 @@ class Plan:
         dropped: Names that are left out, or that go into the heads if these are kept apart.
         base_prefix: What the base's names lack in front, such as "bert.".
         separate: Whether each model's head is kept apart.
+        products: "concat" or "svd" if the models are adapters whose products are merged; then there is no layout.
+        fold_into: The base model that merged adapters are folded into; None if they stay an adapter.
         density: Share of each difference that `ties` and `dare` keep.
         seed: Of what `dare` drops.
     """
@@ -44,6 +47,8 @@ class Plan:
     dropped: list[str]
     base_prefix: str
     separate: bool = False
+    products: str | None = None
+    fold_into: Checkpoint | None = None
     density: float = 0.2
     seed: int = 0
 
@@ -85,6 +90,8 @@ def make_plan(
     method: str,
     weights: Sequence[float] | Literal["examples"] | None = None,
     heads: str | None = None,
+    adapters: str | None = None,
+    into_base: bool = False,
     output_dir: Path | None = None,
     density: float = 0.2,
     seed: int = 0,
@@ -97,6 +104,8 @@ def make_plan(
         method: The rule.
         weights: One number per model; None is 1 each, "examples" the share of training examples.
         heads: What to do with tensors that differ: None, "drop", "keep:MODEL" or "separate".
+        adapters: "concat" or "svd" to merge the products of adapters.
+        into_base: Fold merged adapters into their base model.
         output_dir: Where the result goes; None if it is not written.
         density: Share that `ties` and `dare` keep.
         seed: Of what `dare` drops.
@@ -107,20 +116,29 @@ def make_plan(
     Raises:
         ValueError: If anything is wrong; all problems are named.
     """
-    problems = _settings_problems(models, base_model, method, weights, output_dir, density)
+    products = adapters is not None
+    needs_base = method in NEEDS_BASE and not products
+    problems = _settings_problems(models, method, weights, output_dir, density)
+    if needs_base and base_model is None:
+        problems.append(f"`base_model` must be given for {method}, which starts from it")
     opened = [Checkpoint.open(m, problems) for m in models]
-    base = Checkpoint.open(base_model, problems) if base_model is not None and method in NEEDS_BASE else None
-    if method in NEEDS_POSTERIOR:
+    base = Checkpoint.open(base_model, problems) if base_model is not None and needs_base else None
+    fold_into = None
+    if products or into_base or any(m.is_adapter for m in opened):
+        problems += _adapter_problems(opened, base, method, adapters)
+    if into_base and all(m.is_adapter for m in opened):
+        name = base_model or opened[0].json("adapter_config.json").get("base_model_name_or_path")
+        fold_into = Checkpoint.open(str(name), problems)
+    if method in NEEDS_POSTERIOR and not products:
         problems += [
             f"{m.name} has no posterior, which {method} needs: train it with IVON, or choose --method average"
             for m in opened
             if m.posterior is None
         ]
     problems += _posterior_problems([m for m in [*opened, base] if m is not None])
-    if len({m.is_adapter for m in opened}) > 1:
-        problems.append("adapters and whole models cannot be merged with each other")
     problems += _tokenizer_problems(opened)
-    common, different = _compare([m for m in opened if m.tensors])  # the others are named already
+    # Models without tensors are named already.
+    common, different = ([], []) if products else _compare([m for m in opened if m.tensors])
     prefix = _base_prefix(common, base)
     if base is not None:
         lost = [n for n in common if not _same(base, n.removeprefix(prefix), opened[0].tensors.entries[n])]
@@ -128,14 +146,48 @@ def make_plan(
         common = [n for n in common if n not in set(lost)]
     kept, dropped = _settle(different, heads, opened, problems)
     numbers = _weights(opened, weights, problems)
-    if not common and not problems:
+    if not common and not products and not problems:
         problems.append("the models have no tensor in common")
     if problems:
         raise ValueError("The models cannot be merged: " + "; ".join(dict.fromkeys(problems)) + ".")
     layout = {n: opened[0].tensors.entries[n] for n in common} | {n: m.tensors.entries[n] for n, m in kept.items()}
     tensors = dict(sorted(layout.items()))
     separate = heads == "separate" and bool(dropped)
-    return Plan(opened, base, method, numbers, tensors, common, kept, dropped, prefix, separate, density, seed)
+    return Plan(
+        models=opened,
+        base=base,
+        method=method,
+        weights=numbers,
+        layout=tensors,
+        merged=common,
+        kept=kept,
+        dropped=dropped,
+        base_prefix=prefix,
+        separate=separate,
+        products=adapters,
+        fold_into=fold_into,
+        density=density,
+        seed=seed,
+    )
+
+
+def _adapter_problems(
+    models: Sequence[Checkpoint], base: Checkpoint | None, method: str, products: str | None
+) -> list[str]:
+    if products is not None and products not in MODES:
+        return [f"`adapters` must be one of {', '.join(MODES)}, got {products!r}"]
+    others = [m.name for m in models if not m.is_adapter]
+    if others:
+        return [f"{', '.join(others)} is no adapter, so that there is nothing to merge with adapters or to fold"]
+    problems = space_problems(models, products)
+    if products is not None and method not in ("average", "task-arithmetic"):
+        problems.append(f"products of adapters have no posterior for {method}: choose average or task-arithmetic")
+    if products is None and method in NEEDS_BASE and (base is None or not base.is_adapter):
+        problems.append(
+            f"{method} of adapters needs the adapter that all of them started from as --base-model: without one choose "
+            f"--method gaussian, fisher or average, or --adapters concat"
+        )
+    return problems
 
 
 def _weights(
@@ -157,7 +209,6 @@ def _weights(
 
 def _settings_problems(
     models: Sequence[str],
-    base_model: str | None,
     method: str,
     weights: Sequence[float] | Literal["examples"] | None,
     output_dir: Path | None,
@@ -175,8 +226,6 @@ def _settings_problems(
             problems.append(f"`weights` must be one per model, got {len(weights)} for {len(models)}")
         if not (all(0 <= w < float("inf") for w in weights) and sum(weights) > 0):
             problems.append(f"`weights` must be numbers of at least 0, not all 0, got {list(weights)}")
-    if method in NEEDS_BASE and base_model is None:
-        problems.append(f"`base_model` must be given for {method}, which starts from it")
     if not 0 < density <= 1:
         problems.append(f"`density` must be in (0, 1], got {density}")
     if output_dir is not None and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
