@@ -23,7 +23,7 @@ from hf_ivon.merge.adapters import fold, merge_products
 from hf_ivon.merge.files import Checkpoint, Writer, replace_in_header
 from hf_ivon.merge.heads import write_heads
 from hf_ivon.merge.plan import NEEDS_POSTERIOR, Plan, make_plan
-from hf_ivon.merge.rules import merged_rows, start_trust
+from hf_ivon.merge.rules import merged_blocks, start_trust
 from hf_ivon.posterior import mean_digest
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
 from hf_ivon.tensor_files import Entry, TensorFiles
@@ -164,11 +164,10 @@ def merged_state_dict(plan: Plan) -> dict[str, Tensor]:
     Returns:
         Tensors by name, in the dtypes of the first model.
     """
-    state = {}
-    for name, entry in plan.layout.items():
-        rows = [part.values for part in merged_rows(plan, name, reporting.TensorStatistics(len(plan.models)))]
-        state[name] = torch.cat(rows).to(entry.dtype) if entry.shape else rows[0].to(entry.dtype)
-    return state
+    rows: dict[str, list[Tensor]] = {name: [] for name in plan.layout}
+    for name, part, _ in merged_blocks(plan):
+        rows[name].append(part.values.to(plan.layout[name].dtype))
+    return {name: torch.cat(parts) if plan.layout[name].shape else parts[0] for name, parts in rows.items()}
 
 
 def _pair_problems(plan: Plan) -> list[str]:
@@ -210,26 +209,26 @@ def _write(
     stem, size = ("adapter_model", 2**62) if is_adapter else ("model", max_shard_size)
     with_posterior = [n for n in plan.layout if plan.method == "gaussian" and plan.trusts(n)]
     variances = {name: (torch.float32, plan.layout[name].shape) for name in with_posterior}
-    described = {}
+    statistics = {name: reporting.TensorStatistics(len(plan.models)) for name in plan.layout}
     with (
         Writer(work, stem, layout, {"format": "pt"}, size) as mean_file,
         Writer(work, "posterior", variances, {"format": "pt", "mean_digest": PLACEHOLDER}, size) as posterior_file,
-        tqdm(total=len(plan.layout), desc="Merging", unit="tensor") as bar,
+        tqdm(total=sum(e.numel for e in plan.layout.values()), desc="Merging", unit="weight", unit_scale=True) as bar,
     ):
-        for name in plan.layout:
+        for name, rows, found in merged_blocks(plan):
             if pairs.done():
                 _raise_problems(pairs.result())
-            statistics = reporting.TensorStatistics(len(plan.models))
-            for rows in merged_rows(plan, name, statistics):
-                mean_file.write(name, rows.values.to(layout[name][0]))
-                if name in variances and rows.precision is not None:
-                    posterior_file.write(name, rows.precision.reciprocal_().float())
-            kept = plan.kept.get(name)
-            described[name] = {"kept": kept.name} if kept else statistics.summary(start_trust(plan, name))
-            bar.update()
+            mean_file.write(name, rows.values.to(layout[name][0]))
+            if name in variances and rows.precision is not None:
+                posterior_file.write(name, rows.precision.reciprocal_().float())
+            statistics[name].absorb(found)
+            bar.update(rows.values.numel())
     if variances:
         _complete_posterior(plan, work, with_posterior, stem, posterior_file.files)
-    return described
+    return {
+        name: {"kept": plan.kept[name].name} if name in plan.kept else found.summary(start_trust(plan, name))
+        for name, found in statistics.items()
+    }
 
 
 def _dtype(entry: Entry, dtype: torch.dtype | None) -> torch.dtype:

@@ -206,13 +206,14 @@ def dare(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], densi
         Tensor of that shape.
 
     Source:
-        Yu et al., arXiv:2311.03099; PEFT's `dare_linear`.
+        Yu et al., arXiv:2311.03099, Section 3.
     """
-    from peft.utils.merge_utils import dare_linear
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return base + dare_linear([m - base for m in models], torch.tensor(weights, dtype=base.dtype), density)
+    generator = torch.Generator().manual_seed(seed)  # of its own, so that threads do not share draws
+    differences = []
+    for model in models:
+        kept = torch.rand(base.shape, generator=generator) < density
+        differences.append(torch.where(kept, model - base, 0.0).div_(density))
+    return base + _sum(differences, weights)
 
 
 def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

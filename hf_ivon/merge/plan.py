@@ -66,7 +66,7 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """Return the plan in JSON types."""
-        size = sum(e.dtype.itemsize * _count(e.shape) for e in self.layout.values())
+        size = sum(e.dtype.itemsize * e.numel for e in self.layout.values())
         plain = [n for n in self.merged if self.method in NEEDS_POSTERIOR and not self.has_posterior(n)]
         return {
             "method": self.method,
@@ -184,8 +184,8 @@ def _adapter_problems(
         problems.append(f"products of adapters have no posterior for {method}: choose average or task-arithmetic")
     if products is None and method in NEEDS_BASE and (base is None or not base.is_adapter):
         problems.append(
-            f"{method} of adapters needs the adapter that all of them started from as --base-model: without one choose "
-            f"--method gaussian, fisher or average, or --adapters concat"
+            f"{method} of adapters needs the adapter that all of them started from as --base-model: without one "
+            f"choose --method gaussian, fisher or average, or --adapters concat"
         )
     return problems
 
@@ -310,10 +310,3 @@ def _settle(
             f"keep:MODEL to take them from one"
         )
     return {}, []
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    number = 1
-    for n in shape:
-        number *= n
-    return number

@@ -47,6 +47,13 @@ class TensorStatistics:
             logs = values[::_STRIDE].clamp_min(1e-30).log_()
             log[0], log[1], log[2] = log[0] + float(logs.sum()), log[1] + _squared(logs), log[2] + logs.numel()
 
+    def absorb(self, other: TensorStatistics) -> None:
+        """Add the sums of other blocks of the same tensor."""
+        self._shares = [a + b for a, b in zip(self._shares, other._shares, strict=True)]
+        self._distance, self._spread = self._distance + other._distance, self._spread + other._spread
+        for log, more in zip(self._log, other._log, strict=True):
+            log[:] = [a + b for a, b in zip(log, more, strict=True)]
+
     def summary(self, starts: Sequence[float] = ()) -> dict[str, Any]:
         """Return the report of the tensor in JSON types.
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +21,7 @@ from hf_ivon.merge.report import TensorStatistics
 from hf_ivon.posterior_config import PosteriorConfig
 
 _READ = 2**22  # weights of each model that are read at a time
+_WORKERS = 8  # each holds a block of all models
 _COMPUTE = 2**18  # and that are computed with, so that what lies in between stays in the cache
 
 
@@ -34,57 +38,85 @@ class MergedRows:
     precision: Tensor | None = None
 
 
-def merged_rows(plan: Plan, name: str, statistics: TensorStatistics) -> Iterator[MergedRows]:
-    """Yield a merged tensor, rows by rows.
+def merged_blocks(plan: Plan) -> Iterator[tuple[str, MergedRows, TensorStatistics]]:
+    """Yield every tensor of a merge, rows by rows in the order of the plan's layout.
+
+    Blocks are computed side by side, one thread each, a few ahead of the one that is yielded.
 
     Args:
         plan: What is merged, and how.
-        name: A tensor of the plan's layout.
-        statistics: Takes in what each model contributed.
+
+    Yields:
+        Name, rows, and what each model contributed to them.
 
     Raises:
         ValueError: If a tensor holds NaN or inf, a variance is not positive, or integers differ.
     """
-    entry = plan.layout[name]
-    trims = plan.method == "ties" and name not in plan.kept and entry.dtype.is_floating_point
-    thresholds = _thresholds(plan, name) if trims else []
-    for start, stop in row_blocks(entry.shape, _READ):
-        if name in plan.kept:
-            yield MergedRows(plan.kept[name].tensors.rows(name, start, stop))
-            continue
-        parts = [m.tensors.rows(name, start, stop) for m in plan.models]
-        if not parts[0].is_floating_point():
-            yield MergedRows(_equal(name, parts))
-            continue
-        wide = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
-        for model, part in zip(plan.models, parts, strict=True):
-            if not torch.isfinite(part if part.element_size() > 1 else part.float()).all():
+    workers = min(_WORKERS, os.cpu_count() or 1)
+    # Torch's own threads wait for each other at every operation, which is slow where cores are shared.
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        pending: deque[tuple[str, Future[tuple[MergedRows, TensorStatistics]]]] = deque()
+        try:
+            for name, entry in plan.layout.items():
+                trims = plan.method == "ties" and name not in plan.kept and entry.dtype.is_floating_point
+                thresholds = pool.submit(_thresholds, plan, name).result() if trims else []
+                for start, stop in row_blocks(entry.shape, _READ):
+                    pending.append((name, pool.submit(_merge_block, plan, name, start, stop, thresholds)))
+                    if len(pending) > workers:
+                        first, future = pending.popleft()
+                        yield (first, *future.result())
+            while pending:
+                first, future = pending.popleft()
+                yield (first, *future.result())
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _merge_block(
+    plan: Plan, name: str, start: int, stop: int, thresholds: list[float]
+) -> tuple[MergedRows, TensorStatistics]:
+    statistics = TensorStatistics(len(plan.models))
+    if name in plan.kept:
+        return MergedRows(plan.kept[name].tensors.rows(name, start, stop)), statistics
+    parts = [m.tensors.rows(name, start, stop) for m in plan.models]
+    if not parts[0].is_floating_point():
+        return MergedRows(_equal(name, parts)), statistics
+    wide = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
+    base = plan.base.tensors.rows(plan.base_name(name), start, stop) if plan.base else None
+    variances = [_variances(m, name, start, stop) for m in plan.models] if plan.trusts(name) else []
+    base_variance = _base_variance(plan, name, start, stop)
+    values = torch.empty(parts[0].shape, dtype=wide)
+    precision = torch.empty_like(values) if variances and plan.method == "gaussian" else None
+    width = values.numel() // max(1, stop - start)
+    for i in range(0, max(1, values.numel()), _COMPUTE):
+
+        def flat(tensor: Tensor, i: int = i) -> Tensor:
+            piece = tensor.reshape(-1)[i : i + _COMPUTE]
+            return piece.to(wide, copy=True)
+
+        models = [flat(p) for p in parts]
+        for model, values_of in zip(plan.models, models, strict=True):
+            if not torch.isfinite(values_of.sum()):  # the sum of finite weights is finite; of others it is not
                 raise ValueError(f"The tensor `{name}` of {model.name} holds NaN or inf. Check that model.")
-        values = torch.empty(parts[0].shape, dtype=wide)
-        base = plan.base.tensors.rows(plan.base_name(name), start, stop) if plan.base else None
-        variances = [_variances(m, name, start, stop) for m in plan.models] if plan.trusts(name) else []
-        base_variance = _base_variance(plan, name, start, stop)
-        precision = torch.empty_like(values) if variances and plan.method == "gaussian" else None
-        for i in range(0, max(1, values.numel()), _COMPUTE):
-            piece = slice(i, i + _COMPUTE)
-
-            def flat(tensor: Tensor, piece: slice = piece, wide: torch.dtype = wide) -> Tensor:
-                return tensor.reshape(-1)[piece].to(wide)
-
-            models = [flat(p) for p in parts]
-            precisions = [flat(v).reciprocal_() for v in variances]
-            start_at = None if base is None else flat(base)
-            prior = None if base_variance is None else flat(base_variance).reciprocal_()
-            hessians = [] if plan.method == "gaussian" else [
-                _hessian(m.config, name, p) for m, p in zip(plan.models, precisions, strict=bool(precisions))
-            ]  # fmt: skip
-            position = start * (values.numel() // max(1, stop - start)) + i
-            merged = _apply(plan, name, models, start_at, hessians, precisions, prior, thresholds, position)
-            if precision is not None and merged[1] is not None:
-                precision.view(-1)[piece] = merged[1]
-            values.view(-1)[piece] = merged[0]
-            statistics.add(merged[0], models, hessians or precisions, plan.weights)
-        yield MergedRows(values, precision)
+        trust = [flat(v).reciprocal_() for v in variances]
+        if plan.method != "gaussian":
+            trust = [_hessian(m.config, name, t) for m, t in zip(plan.models, trust, strict=bool(trust))]
+        merged, narrow = _apply(
+            plan,
+            name,
+            models,
+            None if base is None else flat(base),
+            trust,
+            None if base_variance is None else flat(base_variance).reciprocal_(),
+            thresholds,
+            start * width + i,
+        )
+        values.view(-1)[i : i + _COMPUTE] = merged
+        if precision is not None and narrow is not None:
+            precision.view(-1)[i : i + _COMPUTE] = narrow
+        statistics.add(merged, models, trust, plan.weights)
+    return MergedRows(values, precision), statistics
 
 
 def _apply(
@@ -92,22 +124,21 @@ def _apply(
     name: str,
     models: list[Tensor],
     base: Tensor | None,
-    hessians: list[Tensor],
-    precisions: list[Tensor],
+    trust: list[Tensor],
     prior: Tensor | None,
     thresholds: list[float],
     position: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return merged weights and their precision; tensors are flat."""
+    """Return merged weights and their precision; tensors are flat, `trust` is Hessians or (gaussian) precisions."""
     weights, method = plan.weights, plan.method
-    if method == "gaussian" and precisions:
-        return methods.gaussian(models, precisions, weights)
-    if method == "fisher" and hessians:
-        return methods.fisher(models, hessians, weights), None
+    if method == "gaussian" and trust:
+        return methods.gaussian(models, trust, weights)
+    if method == "fisher" and trust:
+        return methods.fisher(models, trust, weights), None
     if base is None:  # the average, also where a rule that needs no base has no posterior
         return methods.average(models, weights), None
-    if method == "uncertainty" and hessians:
-        return methods.uncertainty(base, models, hessians, _base_hessian(plan, name, prior), weights), None
+    if method == "uncertainty" and trust:
+        return methods.uncertainty(base, models, trust, _base_hessian(plan, name, prior), weights), None
     if method == "ties":
         return methods.ties(base, models, weights, thresholds), None
     if method == "dare":
@@ -164,16 +195,13 @@ def _thresholds(plan: Plan, name: str) -> list[float]:
     """Return for each model the magnitude of difference from the base from which `density` of a tensor is."""
     assert plan.base is not None  # the plan made sure
     entry, base = plan.layout[name], plan.base
-    number = 1
-    for n in entry.shape:
-        number *= n
 
     def differences(model: Checkpoint) -> Iterator[Tensor]:
         for start, stop in row_blocks(entry.shape, _READ):
             own = model.tensors.rows(name, start, stop).float()
             yield own - base.tensors.rows(plan.base_name(name), start, stop).float()
 
-    wanted = int(plan.density * number)
+    wanted = int(plan.density * entry.numel)
     return [methods.kth_largest_magnitude(partial(differences, m), wanted) for m in plan.models]
 
 
