@@ -273,8 +273,9 @@ def test_wrong_numbers_leave_nothing_behind(models, wrong):
         message = "posterior of .*b does not belong to the weights beside it"
     if wrong == "nan":
         shutil.rmtree(directory / "out", ignore_errors=True)
-        with pytest.raises(ValueError, match="`classifier.bias` of .*b holds NaN or inf"):
-            merge(names, directory / "out", method="average")
+        for method in ("average", "task-arithmetic", "ties", "dare"):
+            with pytest.raises(ValueError, match="`classifier.bias` of .*b holds NaN or inf"):
+                merge(names, directory / "out", base_model=directory / "base", method=method)
     with pytest.raises(ValueError, match=message):
         merge(names, directory / "out", base_model=directory / "base")
     assert not (directory / "out").exists()

@@ -17,7 +17,7 @@ _FLAT = 0.01  # distance from averaging, of the models' spread, up to which a ru
 
 
 class TensorStatistics:
-    """Sums over the blocks of one tensor.
+    """Sums over blocks of one tensor, of an even part of them if it is large.
 
     Args:
         num: Number of models.

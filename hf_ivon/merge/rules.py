@@ -21,6 +21,8 @@ from hf_ivon.merge.report import TensorStatistics
 from hf_ivon.posterior_config import PosteriorConfig
 
 _READ = 2**22  # weights of each model that are read at a time
+_SHOWS_NAN = ("average", "task-arithmetic", "gaussian", "fisher")  # NaN of one model is NaN in the result
+_REPORT = 8  # one of so many pieces is looked at for the report
 _WORKERS = 8  # each holds a block of all models
 _COMPUTE = 2**18  # and that are computed with, so that what lies in between stays in the cache
 
@@ -96,9 +98,8 @@ def _merge_block(
             return piece.to(wide, copy=True)
 
         models = [flat(p) for p in parts]
-        for model, values_of in zip(plan.models, models, strict=True):
-            if not torch.isfinite(values_of.sum()):  # the sum of finite weights is finite; of others it is not
-                raise ValueError(f"The tensor `{name}` of {model.name} holds NaN or inf. Check that model.")
+        if plan.method not in _SHOWS_NAN:
+            _check_finite(plan, name, models)
         trust = [flat(v).reciprocal_() for v in variances]
         if plan.method != "gaussian":
             trust = [_hessian(m.config, name, t) for m, t in zip(plan.models, trust, strict=bool(trust))]
@@ -112,11 +113,20 @@ def _merge_block(
             thresholds,
             start * width + i,
         )
+        if not torch.isfinite(merged.sum()):
+            _check_finite(plan, name, models)
         values.view(-1)[i : i + _COMPUTE] = merged
         if precision is not None and narrow is not None:
             precision.view(-1)[i : i + _COMPUTE] = narrow
-        statistics.add(merged, models, trust, plan.weights)
+        if i // _COMPUTE % _REPORT == 0:
+            statistics.add(merged, models, trust, plan.weights)
     return MergedRows(values, precision), statistics
+
+
+def _check_finite(plan: Plan, name: str, models: list[Tensor]) -> None:
+    for model, values in zip(plan.models, models, strict=True):
+        if not torch.isfinite(values.sum()):  # the sum of finite weights is finite; of others it is not
+            raise ValueError(f"The tensor `{name}` of {model.name} holds NaN or inf. Check that model.")
 
 
 def _apply(
