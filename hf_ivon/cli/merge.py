@@ -43,6 +43,9 @@ def merge(
     heads: Annotated[
         str | None, typer.Option(help="For tensors that differ between the models: drop, separate, or keep:MODEL.")
     ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="union: the tokens of all models, where tokens were added to some.")
+    ] = None,
     adapters: Annotated[
         str | None, typer.Option(help="For LoRA adapters of different ranks or targets: concat or svd.")
     ] = None,
@@ -85,6 +88,7 @@ def merge(
             output_dir,
             **rule,
             weights=chosen,
+            tokenizer=tokenizer,
             adapters=adapters,
             into_base=into_base,
             dtype=None if dtype is None else getattr(torch, dtype),

@@ -24,6 +24,7 @@ from hf_ivon.merge.files import Checkpoint, Writer, replace_in_header
 from hf_ivon.merge.heads import write_heads
 from hf_ivon.merge.plan import NEEDS_POSTERIOR, Plan, make_plan
 from hf_ivon.merge.rules import merged_blocks, start_trust
+from hf_ivon.merge.vocabulary import write_tokenizer
 from hf_ivon.posterior import mean_digest
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
 from hf_ivon.tensor_files import Entry, TensorFiles
@@ -54,6 +55,7 @@ def merge(
     method: str = "uncertainty",
     weights: Sequence[float] | Literal["examples"] | None = None,
     heads: str | None = None,
+    tokenizer: str | None = None,
     adapters: str | None = None,
     into_base: bool = False,
     dtype: torch.dtype | None = None,
@@ -75,6 +77,8 @@ def merge(
             training examples, scaled to 1 on average.
         heads: What to do with tensors that not all models have in one shape: ``"drop"``, ``"keep:MODEL"``, or
             ``"separate"``: each model's own, in `heads/MODEL`, for `load_head`.
+        tokenizer: ``"union"`` for the tokens of all models, where tokens were added to some; a row that a model lacks
+            is the average of those that have it.
         adapters: How to merge LoRA adapters of different ranks or targets, by `average` or `task-arithmetic`:
             ``"concat"`` keeps the sum of their products exactly, ``"svd"`` at the largest of their ranks. By default A
             is merged with A and B with B, which needs adapters of one kind.
@@ -98,6 +102,7 @@ def merge(
         method=method,
         weights=weights,
         heads=heads,
+        tokenizer=tokenizer,
         adapters=adapters,
         into_base=into_base,
         output_dir=target,
@@ -118,6 +123,8 @@ def merge(
         report["notes"] = reporting.notes(plan.method, report["tensors"])
         source = next(iter(plan.kept.values())) if plan.kept else plan.models[0]
         _carry_over(source, work)
+        if plan.added_tokens:
+            write_tokenizer(source, plan.models, plan.added_tokens, work)
         if plan.separate:
             write_heads(plan, work)
         if plan.fold_into is not None:
@@ -178,8 +185,9 @@ def _pair_problems(plan: Plan) -> list[str]:
         if model.posterior is None or model.config is None:
             continue
         names = model.posterior.entries.keys()
+        mean: Any = getattr(model.tensors, "original", model.tensors)
         # Some models are saved with tensors renamed; their posterior cannot be told from here.
-        if names <= model.tensors.entries.keys() and mean_digest(model.tensors, names) != model.config.mean_digest:
+        if names <= mean.keys() and mean_digest(mean, names) != model.config.mean_digest:
             problems.append(f"the posterior of {model.name} does not belong to the weights beside it")
     return problems
 

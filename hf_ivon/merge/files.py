@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -17,9 +17,21 @@ from torch import Tensor
 
 from hf_ivon.checkpoint import open_posterior, posterior_files
 from hf_ivon.posterior_config import PosteriorConfig
-from hf_ivon.tensor_files import DTYPES, TensorFiles
+from hf_ivon.tensor_files import DTYPES, Entry, TensorFiles
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Rows(Protocol):
+    """Tensors by name that are read when they are asked for: `TensorFiles`, or what looks like them."""
+
+    entries: dict[str, Entry]
+
+    def __getitem__(self, name: str) -> Tensor: ...  # noqa: D105
+    def __iter__(self) -> Iterator[str]: ...  # noqa: D105
+    def __len__(self) -> int: ...  # noqa: D105
+    def __contains__(self, name: object) -> bool: ...  # noqa: D105
+    def rows(self, name: str, start: int, stop: int) -> Tensor: ...  # noqa: D102
 
 
 @dataclass
@@ -38,8 +50,8 @@ class Checkpoint:
     name: str
     directory: Path
     is_adapter: bool
-    tensors: TensorFiles
-    posterior: TensorFiles | None
+    tensors: Rows
+    posterior: Rows | None
     config: PosteriorConfig | None
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from hf_ivon.merge.adapters import MODES, space_problems
 from hf_ivon.merge.files import Checkpoint
+from hf_ivon.merge.vocabulary import tokenizer_problems, unite
 from hf_ivon.tensor_files import Entry
 
 NEEDS_BASE = ("uncertainty", "task-arithmetic", "ties", "dare")
@@ -31,6 +32,7 @@ class Plan:
         dropped: Names that are left out, or that go into the heads if these are kept apart.
         base_prefix: What the base's names lack in front, such as "bert.".
         separate: Whether each model's head is kept apart.
+        added_tokens: What the first model's tokenizer lacked, if the tokens of all were united.
         products: "concat" or "svd" if the models are adapters whose products are merged; then there is no layout.
         fold_into: The base model that merged adapters are folded into; None if they stay an adapter.
         density: Share of each difference that `ties` and `dare` keep.
@@ -47,6 +49,7 @@ class Plan:
     dropped: list[str]
     base_prefix: str
     separate: bool = False
+    added_tokens: list[str] | None = None
     products: str | None = None
     fold_into: Checkpoint | None = None
     density: float = 0.2
@@ -90,6 +93,7 @@ def make_plan(
     method: str,
     weights: Sequence[float] | Literal["examples"] | None = None,
     heads: str | None = None,
+    tokenizer: str | None = None,
     adapters: str | None = None,
     into_base: bool = False,
     output_dir: Path | None = None,
@@ -104,6 +108,7 @@ def make_plan(
         method: The rule.
         weights: One number per model; None is 1 each, "examples" the share of training examples.
         heads: What to do with tensors that differ: None, "drop", "keep:MODEL" or "separate".
+        tokenizer: "union" to have the tokens of all models, where tokens were added to some.
         adapters: "concat" or "svd" to merge the products of adapters.
         into_base: Fold merged adapters into their base model.
         output_dir: Where the result goes; None if it is not written.
@@ -136,7 +141,7 @@ def make_plan(
             if m.posterior is None
         ]
     problems += _posterior_problems([m for m in [*opened, base] if m is not None])
-    problems += _tokenizer_problems(opened)
+    added = _united(opened, base, tokenizer, problems)
     # Models without tensors are named already.
     common, different = ([], []) if products else _compare([m for m in opened if m.tensors])
     prefix = _base_prefix(common, base)
@@ -164,6 +169,7 @@ def make_plan(
         dropped=dropped,
         base_prefix=prefix,
         separate=separate,
+        added_tokens=added,
         products=adapters,
         fold_into=fold_into,
         density=density,
@@ -245,18 +251,15 @@ def _posterior_problems(checkpoints: Sequence[Checkpoint]) -> list[str]:
     return problems
 
 
-def _tokenizer_problems(models: Sequence[Checkpoint]) -> list[str]:
-    """Name the first token that two tokenizers have at different places: merged embeddings would be of both."""
-    problems = []
-    vocabularies = [(m.name, m.json("tokenizer.json").get("model", {}).get("vocab")) for m in models]
-    known = [(name, v) for name, v in vocabularies if isinstance(v, dict)]
-    for name, vocabulary in known[1:]:
-        first, reference = known[0]
-        if vocabulary != reference:
-            token = next(t for t in [*reference, *vocabulary] if reference.get(t) != vocabulary.get(t))
-            places = f"{reference.get(token)} in {first}, {vocabulary.get(token)} in {name}"
-            problems.append(f"the tokenizers of {first} and {name} differ, first in {token!r} ({places})")
-    return problems
+def _united(
+    models: Sequence[Checkpoint], base: Checkpoint | None, tokenizer: str | None, problems: list[str]
+) -> list[str] | None:
+    """Check the tokenizers, and unite their tokens if that is asked for."""
+    if tokenizer not in (None, "union"):
+        problems.append(f"`tokenizer` must be 'union' or nothing, got {tokenizer!r}")
+        return None
+    problems += tokenizer_problems(models, tokenizer == "union")
+    return unite(models, base) if tokenizer == "union" and not problems else None
 
 
 def _compare(models: Sequence[Checkpoint]) -> tuple[list[str], list[str]]:
