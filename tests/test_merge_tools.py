@@ -93,6 +93,18 @@ def test_shards_hold_the_same_merge(models, method):
         merge([str(directory / "many"), names[0]], directory / "again", method=method)
 
 
+def test_models_of_different_bases_are_refused(models):
+    """Weights of networks that never were one have nothing to do with each other, whatever their shapes are."""
+    directory, names, _ = models
+    for name, base in (("a", "some/where/bert"), ("b", "bert"), ("c", "roberta")):
+        file = directory / name / "posterior_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model": base}))
+    merge(names[:2], directory / "two", method="average")
+    with pytest.raises(ValueError, match=r"from different ones \(.*c from roberta\).*name it by --base-model"):
+        merge(names, directory / "out", method="average")
+    merge(names, directory / "out", method="average", base_model=directory / "base")
+
+
 def test_weights_by_examples(models):
     """A model of 300 examples counts three times one of 100; without the numbers it must be said."""
     directory, names, _ = models

@@ -140,6 +140,8 @@ def make_plan(
             for m in opened
             if m.posterior is None
         ]
+    if base_model is None:
+        problems += _base_problems(opened)
     problems += _posterior_problems([m for m in [*opened, base] if m is not None])
     added = _united(opened, base, tokenizer, problems)
     # Models without tensors are named already.
@@ -237,6 +239,15 @@ def _settings_problems(
     if output_dir is not None and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         problems.append(f"`output_dir` must be empty or new, got {str(output_dir)!r}")
     return problems
+
+
+def _base_problems(models: Sequence[Checkpoint]) -> list[str]:
+    """Compare what the models say they were finetuned from, by the last part of its name: copies lie anywhere."""
+    said = {m.name: m.config.base_model for m in models if m.config is not None and m.config.base_model}
+    if len({Path(base.rstrip("/")).name for base in said.values()}) < 2:
+        return []
+    listed = ", ".join(f"{name} from {base}" for name, base in said.items())
+    return [f"the models were finetuned from different ones ({listed}): if these are one, name it by --base-model"]
 
 
 def _posterior_problems(checkpoints: Sequence[Checkpoint]) -> list[str]:

@@ -1,0 +1,70 @@
+"""The recipes about merging, end to end on tiny models."""
+
+import gzip
+import json
+
+import pytest
+
+from recipes import benchmark_merge, merge_sentiment
+from recipes.common import RecipeError
+from tests.test_run_glue import WORDS, model_dir
+
+__all__ = ["model_dir"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Files as of the five tasks, in their columns; one test sentence is also trained on."""
+    for number, task in enumerate(merge_sentiment.TASKS):
+        (tmp_path / "data" / task).mkdir(parents=True)
+        for split in ("train", "validation", "test"):
+            rows = []
+            for i in range(12):
+                words = [task[:4], split, WORDS[i % len(WORDS)], str(i), str(number)]
+                if task == "rotten_tomatoes" and split == "test" and i == 0:
+                    words = ["SST2,", "train", WORDS[0], "0", "4."]  # the spelling of another task's training sentence
+                text = " ".join(words)
+                row = (
+                    {"title": words[0], "content": " ".join(words[1:])}
+                    if task.startswith("amazon")
+                    else {"text": text}
+                )
+                rows.append({**row, "label": i % 2})
+            if task != "imdb" or split != "validation":
+                with gzip.open(tmp_path / "data" / task / f"{split}.jsonl.gz", "wt") as file:
+                    file.write("\n".join(map(json.dumps, rows)))
+    return tmp_path / "data"
+
+
+def test_merging_study_end_to_end(tmp_path, data, model_dir, capsys):
+    """Five models are trained, merged by every rule in both set-ups and evaluated; a second run repeats nothing."""
+    flags = ["--data_dir", str(data), "--model_name_or_path", str(model_dir), "--output_dir", str(tmp_path / "out")]
+    flags += ["--seeds", "0", "--max_eval_samples", "8", "--curvature_samples", "4", "--max_length", "16", "--"]
+    flags += ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--use_cpu", "true"]
+    merge_sentiment.main([*flags, "--save_strategy", "no", "--disable_tqdm", "true"])
+    first = capsys.readouterr().out
+    for row in ("single: imdb", "base: imdb", "task arithmetic", "TIES", "SG, tuned", "IVON, weights 1"):
+        assert row in first
+    kept = [
+        json.loads(line)["sentence"] for line in (tmp_path / "out" / "data" / "rotten_tomatoes" / "test.jsonl").open()
+    ]
+    assert not any(sentence.startswith("SST2") for sentence in kept), "a test sentence was trained on"
+    stamps = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*.safetensors")}
+    merge_sentiment.main(flags)
+    assert capsys.readouterr().out == first
+    assert stamps == {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*.safetensors")}
+
+
+def test_benchmark_measures_every_command(tmp_path, monkeypatch, capsys):
+    """Each command must really run, on files of the size that the throughput is computed from."""
+    for name, value in (("WIDTH", 8), ("INNER", 16), ("VOCABULARY", 32)):
+        monkeypatch.setattr(benchmark_merge, name, value)
+    flags = ["--work_dir", str(tmp_path), "--layers", "1", "--num_models", "2", "--rounds", "1", "--posteriors"]
+    benchmark_merge.main(flags)
+    rows = {row[0]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert list(rows) == ["cp", "average", "task-arithmetic", "uncertainty"]
+    assert all(seconds > 0 and memory > 1 for _, seconds, _, memory in rows.values())
+    assert rows["cp"][3] < rows["average"][3], "the memory is that of another process"
+    assert "peak MiB" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="The command failed: false"):
+        benchmark_merge.run(["false"])
