@@ -43,6 +43,10 @@ _LEFT_BEHIND = (
     "trainer_state",
     "README",
     "events",
+    "results",
+    "all_results",
+    "train_results",
+    "eval_results",
     REPORT_NAME,
 )
 
