@@ -38,6 +38,10 @@ class Prediction:
         prediction_variance: Regression: variance over weight samples (divided by their number), (N,), fp64, squared
             unit of the labels. It is what the uncertainty about the weights adds; noise of the labels is not in it.
             0 at the mean.
+        expected_entropy: Classification: average over weight samples of the entropy of each one's probabilities, (N,),
+            nats.
+        variation_ratio: Classification: share of the weight samples whose likeliest class is not the commonest one,
+            (N,).
     """
 
     num_samples: int
@@ -45,6 +49,25 @@ class Prediction:
     probabilities: Tensor | None = None
     prediction_mean: Tensor | None = None
     prediction_variance: Tensor | None = None
+    expected_entropy: Tensor | None = None
+    variation_ratio: Tensor | None = None
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of the averaged probabilities, (N,), nats: all that is uncertain about the label."""
+        return _entropy(self._probabilities())
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """What knowing the weights would tell about the label, (N,), nats: entropy less expected entropy."""
+        self._probabilities()
+        assert self.expected_entropy is not None  # comes with probabilities
+        return (self.entropy - self.expected_entropy).clamp_min(0.0)
+
+    def _probabilities(self) -> Tensor:
+        if self.probabilities is None:
+            raise ValueError("The prediction must be of classes to have an entropy, got numbers. Use the variance.")
+        return self.probabilities
 
 
 def posterior_predict(
@@ -53,6 +76,7 @@ def posterior_predict(
     data: Batches,
     *,
     num_samples: int,
+    tolerance: float = 0.0,
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Prediction:
@@ -68,11 +92,13 @@ def posterior_predict(
         data: Batches, each a mapping of the model's arguments; `labels` are kept back from the model. It is read
             once per weight sample, and has to give the same examples in the same order each time.
         num_samples: Number of weight samples; 0 predicts at the mean.
+        tolerance: Stop earlier, once two weight samples in a row each move the average by less than this: of
+            probabilities the total variation, of numbers the distance, averaged over the examples. 0 takes all.
         seed: Chooses the weight samples.
         device: Where the batches go; None is the device of the model's first parameter.
 
     Returns:
-        The averaged prediction, on the CPU.
+        The averaged prediction, on the CPU; its `num_samples` says how many were taken.
 
     Raises:
         TypeError: If a batch is not a mapping.
@@ -88,8 +114,10 @@ def posterior_predict(
             "`model` must predict one label an example, got a model with `problem_type` "
             "'multi_label_classification'. Use `posterior.sampled` and average its probabilities yourself."
         )
-    mean = spread = torch.zeros((), dtype=torch.float64)
-    labels = None
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"`tolerance` must be at least 0, got {tolerance!r}. 0 takes all samples, 1e-3 is fine.")
+    mean = spread = entropy = votes = torch.zeros((), dtype=torch.float64)
+    labels, taken, small = None, 0, 0
     passes = _passes(model, posterior, data, _outputs, num_samples=num_samples, seed=seed, device=device)
     for count, (rows, given) in enumerate(passes, start=1):
         labels, regression = given, rows.shape[1] == 1
@@ -101,11 +129,25 @@ def posterior_predict(
         values = rows[:, 0] if regression else rows.softmax(dim=1)
         change = values - mean
         mean = mean + change / count
+        taken = count if num_samples else 0
         if regression:
             spread = spread + change * (values - mean)
+        else:
+            entropy = entropy + (_entropy(values) - entropy) / count
+            votes = votes + torch.nn.functional.one_hot(values.argmax(dim=1), values.shape[1])
+        moved = change.abs().div_(count)
+        moved = moved.mean() if regression else moved.sum(dim=1).mean() / 2
+        small = small + 1 if moved < tolerance else 0
+        if small == 2:
+            break
     if mean.ndim == 1:
-        return Prediction(num_samples, labels, prediction_mean=mean, prediction_variance=spread / max(num_samples, 1))
-    return Prediction(num_samples, labels, probabilities=mean)
+        return Prediction(taken, labels, prediction_mean=mean, prediction_variance=spread / max(taken, 1))
+    ratio = 1 - votes.amax(dim=1) / max(taken, 1)
+    return Prediction(taken, labels, probabilities=mean, expected_entropy=entropy, variation_ratio=ratio)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return torch.special.entr(probabilities).sum(dim=1)
 
 
 def posterior_perplexity(

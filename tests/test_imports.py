@@ -7,7 +7,7 @@ import pytest
 
 import hf_ivon
 
-LIGHT = ["optim", "posterior", "checkpoint", "metrics", "predict", "merge", "curvature"]
+LIGHT = ["optim", "posterior", "checkpoint", "metrics", "predict", "merge", "curvature", "data", "hub", "replicas"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertTokenizerFast
 from typer.testing import CliRunner
 
-from hf_ivon import load_posterior
+from hf_ivon import load_posterior, metrics, posterior_predict
 from hf_ivon.cli.main import app
 from hf_ivon.cli.merge import spread
 from hf_ivon.data import evaluate, load_batches, load_checkpoint
@@ -222,6 +222,29 @@ def test_the_curvature_command(classifiers):
     assert not (classifiers / "new").exists()
 
 
+def test_the_evaluate_command(classifiers):
+    """What a downloaded checkpoint is worth: the command's numbers must be those of the functions, in both columns."""
+    model, output = classifiers / "films", classifiers / "numbers" / "films.json"
+    start = ["evaluate", model, "--data", classifiers / "films.jsonl", "--num-samples", 5]
+    result = invoke(*start, "--ood-data", classifiers / "books.jsonl", "--output", output)
+    assert result.exit_code == 0, result.output
+    results = json.loads(output.read_text())
+    loaded, tokenizer = load_checkpoint(model)
+    batches = load_batches(classifiers / "films.jsonl", loaded, tokenizer)
+    found = posterior_predict(loaded, load_posterior(model, loaded), batches, num_samples=5)
+    assert results["mean"]["accuracy"] == evaluate(loaded, batches)["accuracy"]
+    assert results["averaged"]["brier"] == pytest.approx(metrics.brier_score(found.probabilities, found.labels))
+    assert results["num_samples"] == 5
+    assert 0 <= results["averaged"]["auroc"] <= 1
+    for name, value in results["averaged"].items():
+        assert re.search(rf"^{name} +{results['mean'][name]:.4f} +{value:.4f}$", result.output, re.M)
+    for file in model.glob("posterior*"):
+        file.unlink()
+    result = invoke(*start)
+    assert result.exit_code == 2
+    assert "posterior_config.json is missing" in result.output
+
+
 def test_language_models_have_batches_too(tmp_path):
     """The labels of a language model are its tokens; padding does not count."""
     tiny.save_gpt2(tmp_path / "gpt2", ["one two three", "four five"], 32)
@@ -235,4 +258,7 @@ def test_language_models_have_batches_too(tmp_path):
     assert result.exit_code == 0, result.output
     tokens = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     assert load_posterior(tmp_path / "gpt2").config.num_tokens == tokens
+    result = invoke("evaluate", tmp_path / "gpt2", "--data", tmp_path / "rows.jsonl", "--num-samples", 2)
+    assert result.exit_code == 0, result.output
+    assert f"{evaluate(model, batches)['perplexity']:.4f}" in result.output
     assert AutoTokenizer.from_pretrained(tmp_path / "gpt2").pad_token == "<pad>"

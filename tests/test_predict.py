@@ -46,6 +46,47 @@ def posterior_of(model, std=0.3):
     return Posterior(variance, config)
 
 
+def test_uncertainty_is_taken_apart():
+    """Against sums over the draws themselves: what is uncertain in all of them, and what they disagree about."""
+    torch.manual_seed(0)
+    model = Linear(3, 4)
+    x = torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
+    posterior = posterior_of(model, std=1.0)
+    found = posterior_predict(model, posterior, batches(x), num_samples=9, seed=5)
+    draws = []
+    for index in range(9):
+        weights = posterior.sample(dict(model.named_parameters()), generator=_generator(5, index))
+        draws.append((x @ weights["linear.weight"].T + weights["linear.bias"]).double().softmax(1))
+    p = torch.stack(draws)
+    entropy = -(p * p.log()).sum(-1)
+    mean = p.mean(0)
+    torch.testing.assert_close(found.entropy, -(mean * mean.log()).sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.expected_entropy, entropy.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.mutual_information, found.entropy - entropy.mean(0), rtol=1e-5, atol=1e-6)
+    votes = [max(column.tolist().count(c) for c in range(4)) for column in p.argmax(-1).T]
+    assert found.variation_ratio.tolist() == pytest.approx([1 - v / 9 for v in votes])
+    at_mean = posterior_predict(model, None, batches(x), num_samples=0)
+    assert at_mean.mutual_information.abs().max() < 1e-12
+    assert at_mean.variation_ratio.max() == 0
+    with pytest.raises(ValueError, match="must be of classes to have an entropy"):
+        _ = posterior_predict(Linear(3, 1), None, batches(x), num_samples=0).entropy
+
+
+def test_sampling_stops_when_the_average_has_settled():
+    """A narrow posterior needs few samples, a wide one many; what comes out is the average of those taken."""
+    x = torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
+    model = Linear(3, 4)
+    narrow = posterior_predict(model, posterior_of(model, 1e-4), batches(x), num_samples=50, tolerance=1e-3)
+    assert narrow.num_samples == 3  # the first sample moves the average from nothing
+    wide = posterior_predict(model, posterior_of(model, 2.0), batches(x), num_samples=50, tolerance=1e-3)
+    assert wide.num_samples > 10
+    again = posterior_predict(model, posterior_of(model, 2.0), batches(x), num_samples=wide.num_samples)
+    assert torch.equal(again.probabilities, wide.probabilities)
+    assert posterior_predict(model, None, batches(x), num_samples=0, tolerance=1.0).num_samples == 0
+    with pytest.raises(ValueError, match="`tolerance` must be at least 0, got -1"):
+        posterior_predict(model, None, batches(x), num_samples=0, tolerance=-1)
+
+
 class TwoPoints:
     """Stands for a posterior: adds 1 to the first output in every second sample."""
 

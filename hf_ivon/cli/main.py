@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_ivon.cli import curvature, merge
+from hf_ivon.cli import curvature, evaluate, merge
 from hf_ivon.cli.run import CONTEXT, run
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 def main() -> None:
     """Run the command."""
-    app(args=merge.spread(sys.argv[1:]) if sys.argv[1:2] in (["merge"], ["curvature"]) else None, prog_name="hf-ivon")
+    own = sys.argv[1:2] != ["run"]  # what stands behind `run` is the script's
+    app(args=merge.spread(sys.argv[1:]) if own else None, prog_name="hf-ivon")
 
 
 def _version(show: bool) -> None:
@@ -41,6 +42,7 @@ def _version(show: bool) -> None:
 app.command(context_settings=CONTEXT)(run)
 app.command()(merge.merge)
 app.command()(curvature.curvature)
+app.command()(evaluate.evaluate)
 
 
 @app.callback()

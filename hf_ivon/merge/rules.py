@@ -101,8 +101,8 @@ def _merge_block(
         if plan.method not in _SHOWS_NAN:
             _check_finite(plan, name, models)
         trust = [flat(v).reciprocal_() for v in variances]
-        if plan.method != "gaussian":
-            trust = [_hessian(m.config, name, t) for m, t in zip(plan.models, trust, strict=bool(trust))]
+        if trust and plan.method != "gaussian":
+            trust = [_hessian(m.config, name, t) for m, t in zip(plan.models, trust, strict=True)]
         merged, narrow = _apply(
             plan,
             name,

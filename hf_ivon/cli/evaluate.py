@@ -1,0 +1,103 @@
+"""`hf-ivon evaluate`: how good a checkpoint is at its mean, and averaged over its posterior."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Directory of a model or an adapter with its posterior and tokenizer.")],
+    data: Annotated[Path, typer.Option(help="Labelled examples: json, jsonl, csv or txt, also .gz.")],
+    num_samples: Annotated[int, typer.Option(min=1, help="Weight samples.")] = 64,
+    tolerance: Annotated[
+        float, typer.Option(help="Stop when a sample moves the average by less than this; 0 takes all.")
+    ] = 0.0,
+    ood_data: Annotated[Path | None, typer.Option(help="Examples of another domain, to be told apart.")] = None,
+    text_columns: Annotated[
+        list[str] | None, typer.Option(help="Columns that hold text, one or two; all that do by default.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens at which a text is cut.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 32,
+    output: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON into this file.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the weight samples.")] = 0,
+) -> None:
+    """Print metrics at the mean and averaged over the posterior, side by side. Exits with 2 on errors."""
+    try:
+        results = run(model, data, num_samples, tolerance, ood_data, text_columns or [], max_length, batch_size, seed)
+    except (ValueError, ImportError) as err:
+        typer.echo(f"error: {err}", err=True)
+        raise typer.Exit(2) from None
+    if output is not None:
+        from hf_ivon.data import write_json
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, results)
+    width = max(len(name) for name in results["mean"])
+    typer.echo(f"{'':<{width}}  {'mean':>10}  {'averaged':>10}   {results['num_samples']} weight samples")
+    for name, value in results["mean"].items():
+        typer.echo(f"{name:<{width}}  {value:>10.4f}  {results['averaged'][name]:>10.4f}")
+
+
+def run(
+    model_name: str,
+    file: Path,
+    num_samples: int,
+    tolerance: float,
+    ood_file: Path | None,
+    text_columns: list[str],
+    max_length: int,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return `mean` and `averaged`, each metrics by name, and `num_samples`, how many were taken."""
+    from hf_ivon.checkpoint import load_posterior
+    from hf_ivon.data import is_language_model, load_batches, load_checkpoint
+    from hf_ivon.metrics import out_of_domain_detection
+    from hf_ivon.predict import posterior_perplexity, posterior_predict
+
+    model, tokenizer = load_checkpoint(model_name)
+    posterior = load_posterior(model_name, model)
+    columns: dict[str, Any] = {"text_columns": text_columns, "max_length": max_length, "batch_size": batch_size}
+    batches = load_batches(file, model, tokenizer, **columns)
+    if is_language_model(model):
+        if ood_file is not None:
+            raise ValueError("`ood_data` must be left out for a language model: only classes can be told apart yet.")
+        settings: dict[str, dict[str, Any]] = {"mean": {"num_samples": 0}, "averaged": {"num_samples": num_samples}}
+        found = {k: posterior_perplexity(model, posterior, batches, seed=seed, **v) for k, v in settings.items()}
+        return {**{k: {"perplexity": v["perplexity"]} for k, v in found.items()}, "num_samples": num_samples}
+    outside = None
+    if ood_file is not None:
+        outside = [
+            {k: v for k, v in batch.items() if k != "labels"}
+            for batch in load_batches(ood_file, model, tokenizer, **{**columns, "text_columns": []})
+        ]
+    results: dict[str, Any] = {}
+    for name, number in (("mean", 0), ("averaged", num_samples)):
+        found_here = posterior_predict(model, posterior, batches, num_samples=number, tolerance=tolerance, seed=seed)
+        results[name] = metrics_of(found_here)
+        results["num_samples"] = found_here.num_samples
+        if outside is not None:
+            others = posterior_predict(model, posterior, outside, num_samples=number, tolerance=tolerance, seed=seed)
+            results[name] |= out_of_domain_detection(-found_here.entropy, -others.entropy)
+    return results
+
+
+def metrics_of(prediction: Any) -> dict[str, float]:
+    """Return the metrics of a prediction with labels; a `ValueError` if it has none."""
+    from hf_ivon import metrics
+
+    if prediction.labels is None:
+        raise ValueError("The data must have a column `label` to be evaluated on, got none. Rename the column.")
+    labels, probabilities = prediction.labels, prediction.probabilities
+    if probabilities is None:
+        return {"mse": float((prediction.prediction_mean - labels).double().square().mean())}
+    return {
+        "accuracy": metrics.accuracy(probabilities, labels),
+        "nll": metrics.negative_log_likelihood(probabilities, labels),
+        "ece": metrics.expected_calibration_error(probabilities, labels),
+        "brier": metrics.brier_score(probabilities, labels),
+        "aurc": metrics.area_under_risk_coverage(probabilities, labels),
+    }
