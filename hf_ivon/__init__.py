@@ -16,6 +16,7 @@ _HOME = {
     "IVONTrainer": "training.trainer",
     "IVONTrainerMixin": "training.trainer",
     "IVONTrainingArguments": "training.arguments",
+    "Mixture": "mixture",
     "Posterior": "posterior",
     "PosteriorConfig": "posterior_config",
     "PosteriorFormatError": "checkpoint",
@@ -30,6 +31,7 @@ __all__ = [
     "IVONTrainer",
     "IVONTrainerMixin",
     "IVONTrainingArguments",
+    "Mixture",
     "Posterior",
     "PosteriorConfig",
     "PosteriorFormatError",
@@ -44,6 +46,7 @@ __all__ = [
 if TYPE_CHECKING:
     from hf_ivon import merge as merge
     from hf_ivon.checkpoint import PosteriorFormatError, load_posterior, save_posterior
+    from hf_ivon.mixture import Mixture
     from hf_ivon.optim import IVON
     from hf_ivon.posterior import Posterior
     from hf_ivon.posterior_config import PosteriorConfig

@@ -105,12 +105,7 @@ class Posterior:
             torch.clear_autocast_cache()
             yield model
         finally:
-            try:
-                _write(saved)
-            except BaseException:  # an interrupt while restoring: writing twice is harmless, half is not
-                _write(saved)
-                raise
-            torch.clear_autocast_cache()
+            write_back(saved)
 
     def _check(self, mean: Mapping[str, Tensor], ess_scale: float) -> None:
         if not ess_scale > 0:
@@ -295,6 +290,16 @@ class Posterior:
 
 def _one_or_all(values: dict[str, float]) -> float | dict[str, float]:
     return next(iter(values.values())) if len(set(values.values())) == 1 else values
+
+
+def write_back(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write saved values into parameters; an interrupt in between is raised after all of them are in place."""
+    try:
+        _write(saved)
+    except BaseException:  # writing twice is harmless, half is not
+        _write(saved)
+        raise
+    torch.clear_autocast_cache()
 
 
 def _write(saved: Sequence[tuple[Tensor, Tensor]]) -> None:

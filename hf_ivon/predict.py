@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
+from hf_ivon.mixture import Mixture
 from hf_ivon.posterior import unwrap
 from hf_ivon.sampling import generator_seed
 
@@ -72,7 +73,7 @@ class Prediction:
 
 def posterior_predict(
     model: nn.Module,
-    posterior: Posterior | None,
+    posterior: Posterior | Mixture | None,
     data: Batches,
     *,
     num_samples: int,
@@ -88,7 +89,7 @@ def posterior_predict(
     Args:
         model: Gives logits of shape (batch, classes) or (batch, 1), as a tensor, the first of a tuple, or under
             `logits`.
-        posterior: The posterior that belongs to the model; may be None when `num_samples` is 0.
+        posterior: The posterior that belongs to the model, or a mixture; may be None when `num_samples` is 0.
         data: Batches, each a mapping of the model's arguments; `labels` are kept back from the model. It is read
             once per weight sample, and has to give the same examples in the same order each time.
         num_samples: Number of weight samples; 0 predicts at the mean.
@@ -152,7 +153,7 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 def posterior_perplexity(
     model: nn.Module,
-    posterior: Posterior | None,
+    posterior: Posterior | Mixture | None,
     data: Batches,
     *,
     num_samples: int,
@@ -168,7 +169,7 @@ def posterior_perplexity(
 
     Args:
         model: Gives logits of shape (batch, length, vocabulary).
-        posterior: The posterior that belongs to the model; may be None when `num_samples` is 0.
+        posterior: The posterior that belongs to the model, or a mixture; may be None when `num_samples` is 0.
         data: Batches with `labels` of shape (batch, length), as for `posterior_predict`.
         num_samples: Number of weight samples; 0 predicts at the mean.
         seed: Chooses the weight samples.
@@ -197,7 +198,7 @@ def posterior_perplexity(
 
 def _passes(
     model: nn.Module,
-    posterior: Posterior | None,
+    posterior: Posterior | Mixture | None,
     data: Batches,
     read: Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Tensor | None]],
     *,
@@ -210,10 +211,13 @@ def _passes(
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     first = None
+    order = posterior.allocation(num_samples) if isinstance(posterior, Mixture) else []
     for index in range(max(num_samples, 1)):
         weights: AbstractContextManager = nullcontext()
         if num_samples and posterior is not None:
-            weights = posterior.sampled(model, generator=_generator(seed, index))
+            # Every component of a mixture has its share of the samples, rather than what chance gives it.
+            which = {"component": order[index]} if order else {}
+            weights = posterior.sampled(model, generator=_generator(seed, index), **which)
         with torch.no_grad(), evaluation_mode(model), weights:
             parts = [read(model, _on_device(batch, device)) for batch in data]
         if not parts:
@@ -240,7 +244,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
 
 
-def _check_arguments(posterior: Posterior | None, data: Batches, num_samples: int, seed: int) -> None:
+def _check_arguments(posterior: Posterior | Mixture | None, data: Batches, num_samples: int, seed: int) -> None:
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 0:
         raise ValueError(
             f"`num_samples` must be an integer of at least 0, got {num_samples!r}. 0 is the mean, 16 is usual."

@@ -1,0 +1,142 @@
+"""Several posteriors as one (Multi-IVON), and several plain checkpoints as a deep ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hf_ivon.posterior import Posterior, posterior_keys, write_back
+
+
+class Mixture:
+    """A mixture of Gaussians over a model's weights; without a posterior, a component is a single point.
+
+    Args:
+        means: Mean of each component: weights by tensor name, as in the model's own file.
+        posteriors: Posterior around each mean, or None.
+        weights: Probability of each component; equal ones by default. They are divided by their sum.
+
+    Raises:
+        ValueError: If the numbers of components differ, or a weight is not positive.
+
+    Source:
+        arXiv:2402.17641, Section 4.2 (Multi-IVON, five runs).
+    """
+
+    def __init__(
+        self,
+        means: Sequence[Mapping[str, Tensor]],
+        posteriors: Sequence[Posterior | None],
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        given = [1.0] * len(means) if weights is None else [float(w) for w in weights]
+        if not means or not len(means) == len(posteriors) == len(given):
+            raise ValueError(
+                f"`means`, `posteriors` and `weights` must be one per component, got {len(means)}, {len(posteriors)} "
+                f"and {len(given)}. Pass None for a component without a posterior."
+            )
+        if not all(0 < w < float("inf") for w in given):
+            raise ValueError(f"`weights` must be positive numbers, got {given}. Leave out what has no weight.")
+        self.means, self.posteriors = list(means), list(posteriors)
+        self.weights = [w / sum(given) for w in given]
+
+    @classmethod
+    def from_pretrained(
+        cls, directories: Sequence[str | PathLike[str]], weights: Sequence[float] | None = None
+    ) -> Mixture:
+        """Open checkpoints, each with its posterior if it has one; means are read when they are used.
+
+        Args:
+            directories: Checkpoint directories of one kind of model, or of adapters of one base.
+            weights: Probability of each; equal ones by default.
+
+        Returns:
+            The mixture.
+
+        Raises:
+            ValueError: If a checkpoint cannot be read.
+        """
+        from hf_ivon.checkpoint import load_posterior, posterior_files
+        from hf_ivon.tensor_files import TensorFiles
+
+        means, posteriors = [], []
+        for directory in map(Path, directories):
+            stem = "adapter_model" if (directory / "adapter_config.json").is_file() else "model"
+            problems: list[str] = []
+            means.append(TensorFiles(directory, stem, problems))
+            if problems:
+                raise ValueError(f"The checkpoint {str(directory)!r} cannot be used: {'; '.join(problems)}. Mend it.")
+            posteriors.append(load_posterior(directory) if posterior_files(directory) else None)
+        return cls(means, posteriors, weights)
+
+    def allocation(self, num_samples: int) -> list[int]:
+        """Return which component each of several samples is of, as evenly as the weights allow.
+
+        Args:
+            num_samples: Number of samples.
+
+        Returns:
+            Component numbers, those of the largest weights first.
+
+        Examples:
+            >>> Mixture([{}, {}], [None, None], [3.0, 1.0]).allocation(4)
+            [0, 0, 1, 0]
+        """
+        counts = [0] * len(self.weights)
+        order: list[int] = []
+        for _ in range(num_samples):  # each sample goes where it is missed most
+            missing = [w * (len(order) + 1) - count for w, count in zip(self.weights, counts, strict=True)]
+            chosen = max(range(len(missing)), key=missing.__getitem__)
+            counts[chosen] += 1
+            order.append(chosen)
+        return order
+
+    @contextmanager
+    def sampled(
+        self,
+        model: nn.Module,
+        generator: torch.Generator | None = None,
+        ess_scale: float = 1.0,
+        component: int | None = None,
+    ) -> Generator[nn.Module, None, None]:
+        """Put one draw into a model's parameters, in place; on exit they are what they were, bit for bit.
+
+        Args:
+            model: A model of the components' kind; what it holds does not matter.
+            generator: Source of the noise, on the CPU; None is torch's global one.
+            ess_scale: Factor on the precision of the components.
+            component: Which component; None draws one by its weight.
+
+        Yields:
+            The model.
+
+        Raises:
+            ValueError: If a component lacks one of the model's parameters, or has it in another shape.
+        """
+        if component is None:
+            component = int(torch.multinomial(torch.tensor(self.weights), 1, generator=generator))
+        params, mean, posterior = posterior_keys(model), self.means[component], self.posteriors[component]
+        wrong = [n for n, p in params.items() if n not in mean or mean[n].shape != p.shape]
+        if wrong:
+            raise ValueError(
+                f"Component {component} must have all parameters of the model in their shapes, but lacks "
+                f"{len(wrong)}, such as `{wrong[0]}`. Load the model from one of the components."
+            )
+        saved = [(p, p.detach().clone()) for p in params.values()]
+        try:
+            with torch.no_grad():
+                for name, p in params.items():
+                    p.copy_(mean[name])
+            torch.clear_autocast_cache()
+            if posterior is None:
+                yield model
+            else:
+                with posterior.sampled(model, generator, ess_scale):
+                    yield model
+        finally:
+            write_back(saved)

@@ -1,0 +1,105 @@
+"""Mixtures of posteriors and deep ensembles: exact averages, the way back, and what is refused."""
+
+import pytest
+import torch
+from transformers import BertForSequenceClassification
+
+from hf_ivon import Mixture, posterior_predict
+from hf_ivon.posterior import Posterior
+from hf_ivon.predict import _generator
+from tests import tiny
+from tests.test_merge import posterior_of, save
+
+
+def inputs():
+    return [{"input_ids": torch.stack([r["input_ids"] for r in tiny.sentences(5)])}]
+
+
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_a_deep_ensemble_is_the_average_of_its_members(tmp_path):
+    """Each member counts once, by its own weights; the model that lends its body is left as it was."""
+    members = [tiny.bert(seed=s) for s in (1, 2, 3)]
+    for i, member in enumerate(members):
+        member.save_pretrained(tmp_path / str(i))
+    mixture = Mixture.from_pretrained([tmp_path / str(i) for i in range(3)])
+    body = tiny.bert(seed=9)
+    before = weights_of(body)
+    found = posterior_predict(body, mixture, inputs(), num_samples=3)
+    alone = [posterior_predict(m, None, inputs(), num_samples=0).probabilities for m in members]
+    torch.testing.assert_close(found.probabilities, sum(alone) / 3)
+    assert all(torch.equal(p, before[n]) for n, p in body.named_parameters())
+    weighted = Mixture(mixture.means, [None] * 3, weights=[2, 1, 1])
+    found = posterior_predict(body, weighted, inputs(), num_samples=8)
+    torch.testing.assert_close(found.probabilities, (2 * alone[0] + alone[1] + alone[2]) / 4)
+
+
+def test_multi_ivon_samples_each_posterior(tmp_path):
+    """Samples are of the components' own posteriors, around their own means."""
+    generator = torch.Generator().manual_seed(0)
+    models = [tiny.bert(seed=s) for s in (1, 2)]
+    for i, model in enumerate(models):
+        save(model, tmp_path / str(i), 50, generator)
+    mixture = Mixture.from_pretrained([tmp_path / str(i) for i in range(2)])
+    found = posterior_predict(tiny.bert(seed=9), mixture, inputs(), num_samples=4, seed=3)
+    expected = []
+    for index, which in enumerate(mixture.allocation(4)):
+        model = models[which]
+        with mixture.posteriors[which].sampled(model, generator=_generator(3, index)), torch.no_grad():
+            expected.append(model.eval()(**inputs()[0]).logits.double().softmax(1))
+    torch.testing.assert_close(found.probabilities, sum(expected) / 4)
+
+
+def test_a_mixture_of_one_is_its_posterior(tmp_path):
+    """Code that takes a mixture must give with one component what the posterior gives."""
+    model = tiny.bert()
+    save(model, tmp_path, 50, torch.Generator().manual_seed(0))
+    mixture = Mixture.from_pretrained([tmp_path])
+    one = posterior_predict(model, mixture, inputs(), num_samples=3)
+    other = posterior_predict(model, mixture.posteriors[0], inputs(), num_samples=3)
+    assert torch.equal(one.probabilities, other.probabilities)
+    assert BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_an_exception_leaves_the_model_as_it_was():
+    """Prediction is interrupted often; the weights of another model must not stay."""
+    model, other = tiny.bert(seed=1), tiny.bert(seed=2)
+    before = weights_of(model)
+    posterior = posterior_of(other, 50, torch.Generator().manual_seed(0))[0]
+    mixture = Mixture([weights_of(other)], [posterior])
+    with pytest.raises(KeyboardInterrupt), mixture.sampled(model):
+        assert not torch.equal(model.classifier.weight, before["classifier.weight"])
+        raise KeyboardInterrupt
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_components_are_drawn_by_their_weights():
+    """Outside of prediction, which deals them out evenly: 1,000 draws, the share within 5 deviations."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    mixture = Mixture([{"weight": torch.full((1, 1), float(i))} for i in range(2)], [None, None], [3.0, 1.0])
+    generator, seen = torch.Generator().manual_seed(0), 0.0
+    for _ in range(1000):
+        with mixture.sampled(model, generator):
+            seen += model.weight.item()
+    assert abs(seen - 250) < 5 * (1000 * 0.25 * 0.75) ** 0.5
+    assert mixture.allocation(8) == [0, 0, 1, 0, 0, 0, 1, 0]
+    assert Mixture([{}] * 5, [None] * 5).allocation(10).count(3) == 2
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    """A component of another model would be half of each."""
+    model = tiny.bert()
+    with pytest.raises(ValueError, match="must be one per component, got 2, 1 and 2"):
+        Mixture([{}, {}], [None])
+    with pytest.raises(ValueError, match="`weights` must be positive numbers"):
+        Mixture([{}, {}], [None, None], [1.0, 0.0])
+    mixture = Mixture([weights_of(tiny.bert(num_labels=5))], [None])
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"lacks 2, such as `classifier.weight`"), mixture.sampled(model):
+        pass
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    with pytest.raises(ValueError, match="cannot be used: model.safetensors is missing"):
+        Mixture.from_pretrained([tmp_path])
+    assert isinstance(posterior_of(model, 5, torch.Generator())[0], Posterior)
