@@ -6,6 +6,7 @@ and markers as well as by colours that colour-blind readers can tell apart.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from hf_ivon.posterior import Posterior
 
@@ -88,10 +90,7 @@ def training_curves(
         _label_log(axes.yaxis)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    if title:
-        axes.set_title(title, loc="left", fontsize=12)
-    axes.legend(frameon=False, labelcolor=_INK)
-    return _save(figure, path)
+    return _finish(figure, axes, path, title)
 
 
 def sigma_per_layer(posterior: Posterior, path: str | PathLike[str], *, title: str | None = None) -> Path:
@@ -139,6 +138,82 @@ def sigma_per_layer(posterior: Posterior, path: str | PathLike[str], *, title: s
     return _save(figure, path)
 
 
+def reliability_diagram(
+    predictions: Mapping[str, tuple[Tensor, Tensor]],
+    path: str | PathLike[str],
+    *,
+    num_bins: int = 15,
+    title: str | None = None,
+) -> Path:
+    """Draw how often predictions of each confidence are right; on the diagonal they are calibrated.
+
+    Args:
+        predictions: Name to probabilities, (N, C), and labels, (N,).
+        path: Where to; the ending says the format.
+        num_bins: Bins of equal width over the confidence; empty ones are left out.
+        title: Heading; None is none.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    if not predictions:
+        raise ValueError("`predictions` must hold something to draw, got nothing. Predict first.")
+    figure, axes = _axes(width=4.6, height=4.4)
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, label="calibrated")
+    for (name, (probabilities, labels)), (colour, dashes, marker) in zip(
+        predictions.items(), itertools.cycle(_STYLES), strict=False
+    ):
+        confidence, predicted = probabilities.double().max(dim=1)
+        bins = (confidence * num_bins).long().clamp_max(num_bins - 1)
+        counts = bins.bincount(minlength=num_bins)
+        used = counts > 0
+        total = counts[used].double()
+        right = (predicted == labels).double()
+        mean, share = (bins.bincount(weights=v, minlength=num_bins)[used] / total for v in (confidence, right))
+        axes.plot(
+            mean.tolist(), share.tolist(), color=colour, linestyle=dashes, marker=marker, markersize=5, label=name
+        )
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("Confidence (probability of the likeliest class)")
+    axes.set_ylabel("Share of right predictions")
+    return _finish(figure, axes, path, title)
+
+
+def entropy_histograms(
+    entropies: Mapping[str, Tensor], path: str | PathLike[str], *, num_bins: int = 30, title: str | None = None
+) -> Path:
+    """Draw how uncertain predictions are, in the domain and out of it, as in Figure 3 of the paper.
+
+    Args:
+        entropies: Name of the examples to their predictive entropies, (N,), nats.
+        path: Where to; the ending says the format.
+        num_bins: Bins over the whole range.
+        title: Heading; None is none.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    if not entropies or not all(len(values) for values in entropies.values()):
+        raise ValueError("`entropies` must hold values for every name, got none. Predict first.")
+    highest = max(float(values.max()) for values in entropies.values()) or 1.0
+    figure, axes = _axes(width=6.0, height=3.8)
+    for (name, values), (colour, dashes, _) in zip(entropies.items(), itertools.cycle(_STYLES), strict=False):
+        shares = values.double().cpu().histc(num_bins, 0.0, highest) / len(values)
+        edges = [highest * k / num_bins for k in range(num_bins + 1)]
+        axes.stairs(shares.tolist(), edges, color=colour, linestyle=dashes, linewidth=1.8, label=name)
+        axes.stairs(shares.tolist(), edges, color=colour, alpha=0.15, fill=True)
+    axes.set_xlabel("Predictive entropy (nats)")
+    axes.set_ylabel("Share of examples")
+    return _finish(figure, axes, path, title)
+
+
 def trade_offs(
     points: Sequence[Mapping[str, float]], best: Sequence[bool], path: str | PathLike[str], *, title: str | None = None
 ) -> Path:
@@ -175,10 +250,7 @@ def trade_offs(
             for i, row in enumerate(lines):
                 axes.plot(range(len(names)), row, "o-", color=color, markersize=4, label=label if i == 0 else None)
         axes.set_xticks(range(len(names)), names)
-    axes.legend(frameon=False)
-    if title is not None:
-        axes.set_title(title)
-    return _save(figure, path)
+    return _finish(figure, axes, path, title)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -215,6 +287,14 @@ def _label_log(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def _finish(figure: Figure, axes: Axes, path: str | PathLike[str], title: str | None) -> Path:
+    """Add heading and legend, and save."""
+    if title:
+        axes.set_title(title, loc="left", fontsize=12)
+    axes.legend(frameon=False, labelcolor=_INK)
+    return _save(figure, path)
 
 
 def _save(figure: Figure, path: str | PathLike[str]) -> Path:

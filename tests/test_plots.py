@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ivon.plots import sigma_per_layer, training_curves
+from hf_ivon.plots import entropy_histograms, reliability_diagram, sigma_per_layer, trade_offs, training_curves
 from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig
 
@@ -122,3 +122,41 @@ def test_nothing_to_draw(tmp_path, histories, message):
     with pytest.raises(ValueError, match="`posterior` must hold at least one tensor"):
         sigma_per_layer(posterior_of(), tmp_path / "sigma.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_reliability_is_the_share_of_right_ones(tmp_path, figures):
+    """A bin's point must be its average confidence and its share of right predictions; empty bins have none."""
+    probabilities = torch.tensor([[0.91, 0.09], [0.93, 0.07], [0.65, 0.35], [1.0, 0.0]])
+    labels = torch.tensor([0, 1, 0, 0])
+    reliability_diagram({"model": (probabilities, labels)}, tmp_path / "r.png", num_bins=10)
+    line = next(line for line in figures[0].axes[0].get_lines() if line.get_label() == "model")
+    assert [tuple(round(v, 4) for v in point) for point in line.get_xydata().tolist()] == [
+        (0.65, 1.0),
+        (0.9467, 0.6667),
+    ]
+    with pytest.raises(ValueError, match="`predictions` must hold something"):
+        reliability_diagram({}, tmp_path / "r.png")
+
+
+def test_entropies_are_shares_of_one_range(tmp_path, figures):
+    """Two sets of different sizes must be comparable: shares, over the same bins."""
+    sets = {"in": torch.tensor([0.0, 0.1, 0.1, 0.1]), "out": torch.tensor([1.0, 0.9])}
+    entropy_histograms(sets, tmp_path / "e.png", num_bins=2)
+    shown = [patch.get_data() for patch in figures[0].axes[0].patches if not patch.get_fill()]
+    assert [found.values.tolist() for found in shown] == [[1.0, 0.0], [0.0, 1.0]]
+    assert shown[0].edges.tolist() == [0.0, 0.5, 1.0]
+    with pytest.raises(ValueError, match="`entropies` must hold values"):
+        entropy_histograms({"in": torch.zeros(0)}, tmp_path / "e.png")
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c"]])
+def test_trade_offs_show_every_merge(tmp_path, figures, names):
+    """A merge that is not drawn is one that nobody can choose."""
+    points = [{name: (i * k) % 5 / 5 for k, name in enumerate(names, 1)} for i in range(4)]
+    trade_offs(points, [True, False, True, False], tmp_path / "t.png", title="Merges")
+    axes = figures[0].axes[0]
+    drawn = sum(len(line.get_xydata()) for line in axes.get_lines())
+    drawn += sum(len(dots.get_offsets()) for dots in axes.collections)
+    assert drawn == (4 if len(names) == 2 else 12)
+    with pytest.raises(ValueError, match="`points` must hold metrics"):
+        trade_offs([], [], tmp_path / "t.png")

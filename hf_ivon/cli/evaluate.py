@@ -21,12 +21,16 @@ def evaluate(
     ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens at which a text is cut.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 32,
+    plots: Annotated[
+        Path | None, typer.Option(help="Directory for figures: reliability, and entropies with --ood-data.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON into this file.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the weight samples.")] = 0,
 ) -> None:
     """Print metrics at the mean and averaged over the posterior, side by side. Exits with 2 on errors."""
     try:
-        results = run(model, data, num_samples, tolerance, ood_data, text_columns or [], max_length, batch_size, seed)
+        columns = {"text_columns": text_columns or [], "max_length": max_length, "batch_size": batch_size}
+        results = run(model, data, num_samples, tolerance, ood_data, columns, plots, seed)
     except (ValueError, ImportError) as err:
         typer.echo(f"error: {err}", err=True)
         raise typer.Exit(2) from None
@@ -47,9 +51,8 @@ def run(
     num_samples: int,
     tolerance: float,
     ood_file: Path | None,
-    text_columns: list[str],
-    max_length: int,
-    batch_size: int,
+    columns: dict[str, Any],
+    plots: Path | None,
     seed: int,
 ) -> dict[str, Any]:
     """Return `mean` and `averaged`, each metrics by name, and `num_samples`, how many were taken."""
@@ -60,7 +63,6 @@ def run(
 
     model, tokenizer = load_checkpoint(model_name)
     posterior = load_posterior(model_name, model)
-    columns: dict[str, Any] = {"text_columns": text_columns, "max_length": max_length, "batch_size": batch_size}
     batches = load_batches(file, model, tokenizer, **columns)
     if is_language_model(model):
         if ood_file is not None:
@@ -75,6 +77,7 @@ def run(
             for batch in load_batches(ood_file, model, tokenizer, **{**columns, "text_columns": []})
         ]
     results: dict[str, Any] = {}
+    entropies, reliability = {}, {}
     for name, number in (("mean", 0), ("averaged", num_samples)):
         found_here = posterior_predict(model, posterior, batches, num_samples=number, tolerance=tolerance, seed=seed)
         results[name] = metrics_of(found_here)
@@ -82,6 +85,15 @@ def run(
         if outside is not None:
             others = posterior_predict(model, posterior, outside, num_samples=number, tolerance=tolerance, seed=seed)
             results[name] |= out_of_domain_detection(-found_here.entropy, -others.entropy)
+            entropies |= {f"in domain, {name}": found_here.entropy, f"out of domain, {name}": others.entropy}
+        if found_here.probabilities is not None:
+            reliability[name] = (found_here.probabilities, found_here.labels)
+    if plots is not None and reliability:
+        from hf_ivon.plots import entropy_histograms, reliability_diagram
+
+        reliability_diagram(reliability, plots / "reliability.png")
+        if entropies:
+            entropy_histograms(entropies, plots / "entropy.png")
     return results
 
 
