@@ -6,12 +6,10 @@ files and renamed; everything is checked on reading; no pickle is read.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -19,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hf_ivon.json_files import read_json, to_text
 from hf_ivon.posterior import Posterior, match_problems, mean_digest, posterior_keys
 from hf_ivon.posterior_config import PosteriorConfig, config_problems
-from hf_ivon.tensor_files import TensorFiles, read_json
+from hf_ivon.tensor_files import TensorFiles
 
 logger = logging.getLogger(__name__)
 
@@ -79,15 +78,16 @@ def save_posterior(
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=_PATTERN, max_shard_size=max_shard_size)
     # Every file says which mean it belongs to: after a crash between two renames, a mixed set is recognized.
     metadata = {"format": "pt", "mean_digest": posterior.config.mean_digest}
-    pending: dict[Path, Path] = {}
+    texts = {CONFIG_NAME: to_text(posterior.config.to_dict())}
+    if split.is_sharded:
+        index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
+        texts[POSTERIOR_INDEX_NAME] = to_text(index)
+    pending = {directory / file: directory / f".{file}.tmp" for file in [*split.filename_to_tensors, *texts]}
     try:
         for file, keys in split.filename_to_tensors.items():
-            pending[directory / file] = directory / f".{file}.tmp"
             save_file({n: tensors[n] for n in keys}, pending[directory / file], metadata=metadata)
-        if split.is_sharded:
-            index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
-            pending[directory / POSTERIOR_INDEX_NAME] = _write_json(directory / f".{POSTERIOR_INDEX_NAME}.tmp", index)
-        pending[directory / CONFIG_NAME] = _write_json(directory / f".{CONFIG_NAME}.tmp", posterior.config.to_dict())
+        for file, text in texts.items():
+            pending[directory / file].write_text(text, encoding="utf-8")
         earlier = set(posterior_files(directory))
         for target, written in pending.items():
             os.replace(written, target)
@@ -132,11 +132,6 @@ def load_posterior(directory: str | os.PathLike[str], model: nn.Module | None = 
             f"Save it again from training, or download the complete checkpoint."
         )
     return Posterior(variance, config)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> Path:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    return path
 
 
 def open_posterior(directory: Path, problems: list[str]) -> tuple[PosteriorConfig | None, TensorFiles]:

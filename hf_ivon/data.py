@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from hf_ivon.predict import Prediction
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 _LABELS = ("label", "labels")
@@ -140,7 +142,7 @@ def is_language_model(model: nn.Module) -> bool:
 
 
 def load_batches(
-    path: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Any,
     model: nn.Module,
     tokenizer: Any,
     *,
@@ -150,10 +152,10 @@ def load_batches(
     max_examples: int | None = None,
     seed: int = 0,
 ) -> list[dict[str, Tensor]]:
-    """Return a file's examples as batches for a model, examples of similar length together.
+    """Return examples as batches for a model, examples of similar length together.
 
     Args:
-        path: A file of rows; see `load_rows`.
+        data: A file of rows, see `load_rows`, or the rows that it returned.
         model: A classifier, a regression or a causal language model.
         tokenizer: Its tokenizer.
         text_columns: One column, or two for pairs; by default all columns that hold text, except the label.
@@ -170,11 +172,13 @@ def load_batches(
     """
     from transformers import DataCollatorWithPadding
 
-    rows = load_rows(path, text_columns)
+    is_file = isinstance(data, (str, os.PathLike))
+    where = repr(str(data)) if is_file else "the given rows"
+    rows = load_rows(data, text_columns) if is_file else check_rows(data, text_columns, where)
     columns = list(text_columns) or [c for c in rows.column_names if c not in _LABELS and isinstance(rows[0][c], str)]
     if not 1 <= len(columns) <= 2 or not all(isinstance(rows[0][c], str) for c in columns):
         raise ValueError(
-            f"One or two columns of {str(path)!r} must be read as text, got {columns or 'none'} of "
+            f"One or two columns of {where} must be read as text, got {columns or 'none'} of "
             f"{', '.join(rows.column_names)}. Name them by --text-columns."
         )
     if max_examples is not None and max_examples < len(rows):
@@ -197,7 +201,7 @@ def load_batches(
 
 
 def evaluate(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Return how good a model is at its weights: accuracy and NLL, mean squared error, or perplexity.
+    """Return how good a model is at its weights: perplexity, or what `metrics_of` says.
 
     Args:
         model: A classifier, a regression or a causal language model.
@@ -209,23 +213,37 @@ def evaluate(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> dict[str
     Raises:
         ValueError: If the batches have no labels.
     """
-    from hf_ivon import metrics
     from hf_ivon.predict import posterior_perplexity, posterior_predict
 
     if is_language_model(model):
         return {"perplexity": posterior_perplexity(model, None, batches, num_samples=0)["perplexity"]}
-    found = posterior_predict(model, None, batches, num_samples=0)
-    if found.labels is None:
+    return metrics_of(posterior_predict(model, None, batches, num_samples=0))
+
+
+def metrics_of(prediction: Prediction) -> dict[str, float]:
+    """Return how good a prediction is: accuracy, likelihood and calibration, or of numbers the mean squared error.
+
+    Args:
+        prediction: Of a classifier or a regression.
+
+    Returns:
+        Metrics by name; the first one is what a table shows.
+
+    Raises:
+        ValueError: If the prediction has no labels.
+    """
+    from hf_ivon import metrics
+
+    labels, probabilities = prediction.labels, prediction.probabilities
+    if labels is None:
         raise ValueError("The data must have a column `label` to be evaluated on, got none. Rename the column.")
-    if found.probabilities is None:
-        assert found.prediction_mean is not None
-        return {"mse": float((found.prediction_mean - found.labels).double().square().mean())}
-    accuracy = float((found.probabilities.argmax(-1) == found.labels).double().mean())
-    return {"accuracy": accuracy, "nll": metrics.negative_log_likelihood(found.probabilities, found.labels)}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    if probabilities is None:
+        assert prediction.prediction_mean is not None
+        return {"mse": float((prediction.prediction_mean - labels).double().square().mean())}
+    return {
+        "accuracy": metrics.accuracy(probabilities, labels),
+        "nll": metrics.negative_log_likelihood(probabilities, labels),
+        "ece": metrics.expected_calibration_error(probabilities, labels),
+        "brier": metrics.brier_score(probabilities, labels),
+        "aurc": metrics.area_under_risk_coverage(probabilities, labels),
+    }

@@ -58,12 +58,12 @@ def upload(
     posterior: Posterior,
     repo_id: str,
     *,
-    commit_message: str,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    create_pr: bool,
-    max_shard_size: int | str,
+    commit_message: str = "Upload posterior",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "5GB",
 ) -> Any:
     """Upload a posterior's files in one commit, in which an earlier one there is replaced as a whole.
 

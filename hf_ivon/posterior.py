@@ -211,23 +211,14 @@ class Posterior:
         cls,
         name: str | PathLike[str],
         model: nn.Module | None = None,
-        *,
-        revision: str | None = None,
-        subfolder: str = "",
-        token: str | bool | None = None,
-        cache_dir: str | PathLike[str] | None = None,
-        local_files_only: bool = False,
+        **options: Any,
     ) -> Posterior:
         """Read and check a posterior, from a directory or from the Hub, where only its own files are downloaded.
 
         Args:
             name: A directory, or a repository's id.
             model: The model that holds the mean, to check the posterior against; see `load_posterior`.
-            revision: Branch, tag or commit of the repository.
-            subfolder: Where in the directory or repository the files are.
-            token: Access token of the Hub; None is the one that is saved, False is none.
-            cache_dir: Where downloads are kept.
-            local_files_only: Take what was downloaded before, and ask no server.
+            options: Those of `hf_ivon.hub.download`, such as `revision`, `subfolder` and `token`.
 
         Returns:
             The posterior, tensors on the CPU.
@@ -239,53 +230,21 @@ class Posterior:
         from hf_ivon.checkpoint import load_posterior
         from hf_ivon.hub import download
 
-        directory = download(
-            name,
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        return load_posterior(directory, model)
+        return load_posterior(download(name, **options), model)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload posterior",
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "5GB",
-    ) -> Any:
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload the posterior's files into a repository on the Hub, beside the mean that is there.
 
         Args:
             repo_id: The repository; made if it does not exist.
-            commit_message: Of the commit.
-            private: Whether a new repository is private.
-            token: Access token of the Hub; None is the one that is saved.
-            revision: Branch to commit to.
-            create_pr: Open a pull request instead.
-            max_shard_size: Largest file, in bytes or like "5GB".
+            options: Those of `hf_ivon.hub.upload`, such as `private`, `token` and `revision`.
 
         Returns:
             The Hub client's `CommitInfo`.
         """
         from hf_ivon.hub import upload
 
-        return upload(
-            self,
-            repo_id,
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            max_shard_size=max_shard_size,
-        )
+        return upload(self, repo_id, **options)
 
 
 def _one_or_all(values: dict[str, float]) -> float | dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from hf_ivon.json_files import read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -113,22 +114,6 @@ class TensorFiles(Mapping[str, Tensor]):
         # A file that stays open keeps the pages that were read of it: opened each time, memory stays small.
         with safe_open(entry.path, framework="pt") as file:
             return file.get_slice(name)[start:stop]
-
-
-def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """Return the object in a JSON file; None, and a problem, if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problems.append(f"{path.name} is missing")
-        return None
-    except (OSError, ValueError) as err:
-        problems.append(f"{path.name} is not readable JSON ({err})")
-        return None
-    if not isinstance(value, dict):
-        problems.append(f"{path.name} does not hold a JSON object")
-        return None
-    return value
 
 
 def _read_index(path: Path, problems: list[str]) -> dict[str, set[str]]:

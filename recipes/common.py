@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ivon import data
+from hf_ivon.json_files import write_json
 
 
 class RecipeError(ValueError):
@@ -110,12 +110,7 @@ def check_rows(rows: Any, columns: Sequence[str], where: str) -> Any:
 
 def write_results(directory: str, results: dict[str, Any]) -> Path:
     """Write `results.json` into a directory, whole or not at all."""
-    path = Path(directory) / "results.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return write_json(Path(directory) / "results.json", results)
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:

@@ -5,48 +5,18 @@ import re
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertTokenizerFast
-from typer.testing import CliRunner
+from transformers import BertForSequenceClassification
 
-from hf_ivon import load_posterior, metrics, posterior_predict
-from hf_ivon.cli.main import app
-from hf_ivon.cli.merge import spread
+from hf_ivon import load_posterior
 from hf_ivon.data import evaluate, load_batches, load_checkpoint
 from hf_ivon.merge import engine, files, load_head, merge
 from hf_ivon.merge.plan import make_plan
 from hf_ivon.merge.sweep import grid, pareto, sweep
 from tests import tiny
+from tests.classifiers import classifiers, invoke
 from tests.test_merge import SIZES, models, save, tensors
 
-__all__ = ["models"]
-WORDS = ["good", "bad", "film", "book", "very", "not", "a", "the", "is"]
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, spread([str(a) for a in arguments]))
-
-
-@pytest.fixture
-def classifiers(tmp_path):
-    """A base and two classifiers with tokenizers, and a file of labelled sentences for each."""
-    generator = torch.Generator().manual_seed(3)
-    tokenizer = BertTokenizerFast(
-        vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-    )
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    for name in ("base", "films", "books"):
-        torch.manual_seed(0)
-        model = BertForSequenceClassification(config)
-        with torch.no_grad():
-            for p in model.parameters() if name != "base" else ():
-                p.add_(0.3 * torch.randn(p.shape, generator=generator))
-        save(model, tmp_path / name, 100, generator)
-        tokenizer.save_pretrained(tmp_path / name)
-        rows = [{"text": f"the {name} is very {WORDS[i % 9]}", "label": i % 2} for i in range(12)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path
+__all__ = ["classifiers", "models"]
 
 
 def test_separate_heads_come_back_as_each_model(models):
@@ -196,70 +166,13 @@ def test_the_card_names_what_was_merged(models):
     assert sum(map(float, rows[0])) == pytest.approx(100, abs=0.2)
 
 
-def test_the_curvature_command(classifiers):
-    """A model trained with AdamW gets a posterior by one command, which merges; a posterior there is never lost."""
-    model = classifiers / "films"
-    flags = ["--data", classifiers / "films.jsonl", "--text-columns", "text"]
-    result = invoke("curvature", model, *flags)
-    assert result.exit_code == 2
-    assert "has a posterior, which would be lost" in result.output
-    for file in model.glob("posterior*"):
-        file.unlink()
-    result = invoke("curvature", model, *flags, "--fraction", 0.5)
-    assert result.exit_code == 0, result.output
-    posterior = load_posterior(model)
-    assert (posterior.config.num_examples, posterior.config.estimator) == (12, "squared-gradient")
-    report = merge([str(model), str(classifiers / "books")], classifiers / "out", base_model=classifiers / "base")
-    assert report["without_posterior"] == []
-    for wrong, message in (
-        (["--estimator", "other"], "`estimator` must be one of squared-gradient, ggn"),
-        (["--fraction", 2], "`fraction` must be in"),
-        (["--text-columns", "label"], "must be read as text, got .*label"),
-    ):
-        result = invoke("curvature", model, *flags[:2], "--output-dir", classifiers / "new", *wrong)
-        assert result.exit_code == 2, result.output
-        assert re.search(message, result.output)
-    assert not (classifiers / "new").exists()
-
-
-def test_the_evaluate_command(classifiers):
-    """What a downloaded checkpoint is worth: the command's numbers must be those of the functions, in both columns."""
-    model, output = classifiers / "films", classifiers / "numbers" / "films.json"
-    start = ["evaluate", model, "--data", classifiers / "films.jsonl", "--num-samples", 5]
-    result = invoke(*start, "--ood-data", classifiers / "books.jsonl", "--output", output, "--plots", classifiers)
-    assert result.exit_code == 0, result.output
-    results = json.loads(output.read_text())
-    loaded, tokenizer = load_checkpoint(model)
-    batches = load_batches(classifiers / "films.jsonl", loaded, tokenizer)
-    found = posterior_predict(loaded, load_posterior(model, loaded), batches, num_samples=5)
-    assert results["mean"]["accuracy"] == evaluate(loaded, batches)["accuracy"]
-    assert results["averaged"]["brier"] == pytest.approx(metrics.brier_score(found.probabilities, found.labels))
-    assert results["num_samples"] == 5
-    assert all((classifiers / f"{name}.png").stat().st_size > 1000 for name in ("reliability", "entropy"))
-    assert 0 <= results["averaged"]["auroc"] <= 1
-    for name, value in results["averaged"].items():
-        assert re.search(rf"^{name} +{results['mean'][name]:.4f} +{value:.4f}$", result.output, re.M)
-    for file in model.glob("posterior*"):
-        file.unlink()
-    result = invoke(*start)
-    assert result.exit_code == 2
-    assert "posterior_config.json is missing" in result.output
-
-
-def test_language_models_have_batches_too(tmp_path):
-    """The labels of a language model are its tokens; padding does not count."""
-    tiny.save_gpt2(tmp_path / "gpt2", ["one two three", "four five"], 32)
-    (tmp_path / "rows.jsonl").write_text('{"text": "one two three"}\n{"text": "four"}\n')
-    model, tokenizer = load_checkpoint(tmp_path / "gpt2")
-    batches = load_batches(tmp_path / "rows.jsonl", model, tokenizer)
-    for batch in batches:
-        assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
-    assert evaluate(model, batches)["perplexity"] > 1
-    result = invoke("curvature", tmp_path / "gpt2", "--data", tmp_path / "rows.jsonl")
-    assert result.exit_code == 0, result.output
-    tokens = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
-    assert load_posterior(tmp_path / "gpt2").config.num_tokens == tokens
-    result = invoke("evaluate", tmp_path / "gpt2", "--data", tmp_path / "rows.jsonl", "--num-samples", 2)
-    assert result.exit_code == 0, result.output
-    assert f"{evaluate(model, batches)['perplexity']:.4f}" in result.output
-    assert AutoTokenizer.from_pretrained(tmp_path / "gpt2").pad_token == "<pad>"
+def test_a_broken_file_of_a_model_is_named(models):
+    """One of five downloads is cut off: a bare JSON error would not say which to fetch again."""
+    directory, names, _ = models
+    adapter = directory / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": ')
+    checkpoint = files.Checkpoint.open(str(adapter), [])
+    with pytest.raises(ValueError, match=r"model .*adapter cannot be used: adapter_config.json is not readable JSON"):
+        checkpoint.json("adapter_config.json")
+    assert checkpoint.json("config.json") == {}

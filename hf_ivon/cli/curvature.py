@@ -66,13 +66,13 @@ def run(
         raise ValueError(f"`output_dir` must be given for a model on the Hub, got {model_name!r}. Add --output-dir.")
     if posterior_files(target):
         raise ValueError(f"{str(target)!r} has a posterior, which would be lost. Choose another --output-dir.")
-    rows = len(load_rows(file))
-    wanted = math.ceil(fraction * rows)
+    rows = load_rows(file, text_columns or ())
+    wanted = math.ceil(fraction * len(rows))
     model, tokenizer = load_checkpoint(model_name)
     columns = {"text_columns": text_columns or (), "max_length": max_length}
-    batches = load_batches(file, model, tokenizer, **columns, max_examples=wanted, seed=seed)
+    batches = load_batches(rows, model, tokenizer, **columns, max_examples=wanted, seed=seed)
     examples = sum(len(batch["input_ids"]) for batch in batches)
     settings = {"estimator": estimator, "weight_decay": weight_decay, "seed": seed}
-    posterior = estimate_posterior(model, batches, **settings, train_size=train_size, scale=rows / wanted)
+    posterior = estimate_posterior(model, batches, **settings, train_size=train_size, scale=len(rows) / wanted)
     save_posterior(posterior, target)
     return examples

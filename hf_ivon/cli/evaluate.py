@@ -19,25 +19,30 @@ def evaluate(
     text_columns: Annotated[
         list[str] | None, typer.Option(help="Columns that hold text, one or two; all that do by default.")
     ] = None,
+    ood_text_columns: Annotated[
+        list[str] | None, typer.Option(help="The same for --ood-data; by default as --text-columns.")
+    ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens at which a text is cut.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 32,
     plots: Annotated[
-        Path | None, typer.Option(help="Directory for figures: reliability, and entropies with --ood-data.")
+        Path | None, typer.Option(help="Directory for a classifier's figures: reliability, entropies with --ood-data.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON into this file.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the weight samples.")] = 0,
 ) -> None:
     """Print metrics at the mean and averaged over the posterior, side by side. Exits with 2 on errors."""
     try:
+        if ood_text_columns and ood_data is None:
+            raise ValueError("`ood_text_columns` must come with `ood_data`. Add --ood-data.")
         columns = {"text_columns": text_columns or [], "max_length": max_length, "batch_size": batch_size}
-        results = run(model, data, num_samples, tolerance, ood_data, columns, plots, seed)
+        ood_columns = {**columns, "text_columns": ood_text_columns or columns["text_columns"]}
+        results = run(model, data, num_samples, tolerance, ood_data, columns, ood_columns, plots, seed)
     except (ValueError, ImportError) as err:
         typer.echo(f"error: {err}", err=True)
         raise typer.Exit(2) from None
     if output is not None:
-        from hf_ivon.data import write_json
+        from hf_ivon.json_files import write_json
 
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, results)
     width = max(len(name) for name in results["mean"])
     typer.echo(f"{'':<{width}}  {'mean':>10}  {'averaged':>10}   {results['num_samples']} weight samples")
@@ -52,34 +57,37 @@ def run(
     tolerance: float,
     ood_file: Path | None,
     columns: dict[str, Any],
+    ood_columns: dict[str, Any],
     plots: Path | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Return `mean` and `averaged`, each metrics by name, and `num_samples`, how many were taken."""
-    from hf_ivon.checkpoint import load_posterior
-    from hf_ivon.data import is_language_model, load_batches, load_checkpoint
+    """Return the file's name as `data`, metrics as `mean` and `averaged`, and the number of weight samples."""
+    from hf_ivon.data import is_language_model, load_batches, load_checkpoint, metrics_of
     from hf_ivon.metrics import out_of_domain_detection
+    from hf_ivon.posterior import Posterior
     from hf_ivon.predict import posterior_perplexity, posterior_predict
 
     model, tokenizer = load_checkpoint(model_name)
-    posterior = load_posterior(model_name, model)
+    posterior = Posterior.from_pretrained(model_name, model)
     batches = load_batches(file, model, tokenizer, **columns)
     if is_language_model(model):
-        if ood_file is not None:
-            raise ValueError("`ood_data` must be left out for a language model: only classes can be told apart yet.")
+        _only_for_classifiers("a language model", ood_data=ood_file, plots=plots, tolerance=tolerance or None)
         settings: dict[str, dict[str, Any]] = {"mean": {"num_samples": 0}, "averaged": {"num_samples": num_samples}}
         found = {k: posterior_perplexity(model, posterior, batches, seed=seed, **v) for k, v in settings.items()}
-        return {**{k: {"perplexity": v["perplexity"]} for k, v in found.items()}, "num_samples": num_samples}
+        metrics = {k: {"perplexity": v["perplexity"]} for k, v in found.items()}
+        return {"data": file.name, **metrics, "num_samples": num_samples}
     outside = None
     if ood_file is not None:
         outside = [
             {k: v for k, v in batch.items() if k != "labels"}
-            for batch in load_batches(ood_file, model, tokenizer, **{**columns, "text_columns": []})
+            for batch in load_batches(ood_file, model, tokenizer, **ood_columns)
         ]
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"data": file.name}
     entropies, reliability = {}, {}
     for name, number in (("mean", 0), ("averaged", num_samples)):
         found_here = posterior_predict(model, posterior, batches, num_samples=number, tolerance=tolerance, seed=seed)
+        if found_here.probabilities is None:
+            _only_for_classifiers("a regression", ood_data=ood_file, plots=plots)
         results[name] = metrics_of(found_here)
         results["num_samples"] = found_here.num_samples
         if outside is not None:
@@ -97,19 +105,7 @@ def run(
     return results
 
 
-def metrics_of(prediction: Any) -> dict[str, float]:
-    """Return the metrics of a prediction with labels; a `ValueError` if it has none."""
-    from hf_ivon import metrics
-
-    if prediction.labels is None:
-        raise ValueError("The data must have a column `label` to be evaluated on, got none. Rename the column.")
-    labels, probabilities = prediction.labels, prediction.probabilities
-    if probabilities is None:
-        return {"mse": float((prediction.prediction_mean - labels).double().square().mean())}
-    return {
-        "accuracy": metrics.accuracy(probabilities, labels),
-        "nll": metrics.negative_log_likelihood(probabilities, labels),
-        "ece": metrics.expected_calibration_error(probabilities, labels),
-        "brier": metrics.brier_score(probabilities, labels),
-        "aurc": metrics.area_under_risk_coverage(probabilities, labels),
-    }
+def _only_for_classifiers(kind: str, **options: Any) -> None:
+    """Refuse options that would have no effect; None is one that was not given."""
+    if given := [f"`{name}`" for name, value in options.items() if value is not None]:
+        raise ValueError(f"{' and '.join(given)} must be left out for {kind}, which has none of that yet.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-_LISTS = ("--models", "--weights", "--text-columns", "--data")
+_LISTS = ("--models", "--weights", "--text-columns", "--ood-text-columns", "--data")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -149,7 +149,7 @@ def _sweep(
 
 def _keep_sweep(points: list[dict[str, Any]], directory: Path) -> None:
     """Write a sweep's numbers and its figure beside the merge."""
-    from hf_ivon.data import write_json
+    from hf_ivon.json_files import write_json
     from hf_ivon.merge.sweep import main_metric
     from hf_ivon.plots import trade_offs
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -18,6 +17,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from hf_ivon.checkpoint import CONFIG_NAME, posterior_files
+from hf_ivon.json_files import write_json
 from hf_ivon.merge import report as reporting
 from hf_ivon.merge.adapters import fold, merge_products
 from hf_ivon.merge.files import Checkpoint, Writer, replace_in_header
@@ -26,7 +26,7 @@ from hf_ivon.merge.plan import NEEDS_POSTERIOR, Plan, make_plan
 from hf_ivon.merge.rules import merged_blocks, start_trust
 from hf_ivon.merge.vocabulary import write_tokenizer
 from hf_ivon.posterior import mean_digest
-from hf_ivon.posterior_config import PosteriorConfig, library_versions
+from hf_ivon.posterior_config import library_versions
 from hf_ivon.tensor_files import Entry, TensorFiles
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def merge(
         if plan.fold_into is not None:
             _fold(plan.fold_into, work, max_shard_size)
         (work / "README.md").write_text(reporting.card(report), encoding="utf-8")
-        (work / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(work / REPORT_NAME, report)
         if target.is_dir():
             target.rmdir()  # the plan made sure that it is empty
         os.chmod(work, 0o755)
@@ -280,11 +280,7 @@ def _complete_posterior(plan: Plan, work: Path, names: Iterable[str], stem: str,
         mean_digest=digest,
         versions=library_versions(),
     )
-    _write_json(work / CONFIG_NAME, config)
-
-
-def _write_json(path: Path, config: PosteriorConfig) -> None:
-    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_json(work / CONFIG_NAME, config.to_dict())
 
 
 def _carry_over(source: Checkpoint, work: Path) -> None:

@@ -16,6 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from hf_ivon.checkpoint import open_posterior, posterior_files
+from hf_ivon.json_files import read_json, write_json
 from hf_ivon.posterior_config import PosteriorConfig
 from hf_ivon.tensor_files import DTYPES, Entry, TensorFiles
 
@@ -92,9 +93,15 @@ class Checkpoint:
         return Path(self.name.partition("@")[0] if not Path(self.name).is_dir() else self.name).resolve().name
 
     def json(self, file: str) -> dict[str, Any]:
-        """Return a JSON file of the directory, empty if there is none."""
+        """Return a JSON file of the directory, empty if there is none; a `ValueError` if it is broken."""
         path = self.directory / file
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        problems: list[str] = []
+        value = read_json(path, problems)
+        if value is None:
+            raise ValueError(f"The model {self.name} cannot be used: {problems[0]}. Download or save it again.")
+        return value
 
 
 class Writer:
@@ -134,7 +141,7 @@ class Writer:
         if split.is_sharded:
             index = {"metadata": {**split.metadata, **self._metadata}, "weight_map": split.tensor_to_filename}
             path = directory / f"{stem}.safetensors.index.json"
-            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            write_json(path, index)
 
     def write(self, name: str, rows: Tensor) -> None:
         """Append rows of a tensor."""

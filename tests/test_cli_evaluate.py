@@ -1,0 +1,77 @@
+"""`hf-ivon evaluate`: the numbers of a checkpoint, at its mean and averaged."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from hf_ivon import load_posterior, metrics, posterior_predict
+from hf_ivon.data import evaluate, load_batches, load_checkpoint
+from tests import tiny
+from tests.classifiers import classifiers, invoke
+from tests.test_merge import posterior_of
+
+__all__ = ["classifiers"]
+
+
+def test_the_evaluate_command(classifiers):
+    """What a downloaded checkpoint is worth: the command's numbers must be those of the functions, in both columns."""
+    model, output = classifiers / "films", classifiers / "numbers" / "films.json"
+    start = ["evaluate", model, "--data", classifiers / "films.jsonl", "--num-samples", 5]
+    result = invoke(*start, "--ood-data", classifiers / "books.jsonl", "--output", output, "--plots", classifiers)
+    assert result.exit_code == 0, result.output
+    results = json.loads(output.read_text())
+    loaded, tokenizer = load_checkpoint(model)
+    batches = load_batches(classifiers / "films.jsonl", loaded, tokenizer)
+    found = posterior_predict(loaded, load_posterior(model, loaded), batches, num_samples=5)
+    assert results["mean"]["accuracy"] == evaluate(loaded, batches)["accuracy"]
+    assert results["averaged"]["brier"] == pytest.approx(metrics.brier_score(found.probabilities, found.labels))
+    assert results["num_samples"] == 5
+    assert all((classifiers / f"{name}.png").stat().st_size > 1000 for name in ("reliability", "entropy"))
+    assert 0 <= results["averaged"]["auroc"] <= 1
+    for name, value in results["averaged"].items():
+        assert re.search(rf"^{name} +{results['mean'][name]:.4f} +{value:.4f}$", result.output, re.M)
+    for file in model.glob("posterior*"):
+        file.unlink()
+    result = invoke(*start)
+    assert result.exit_code == 2
+    assert "posterior_config.json is missing" in result.output
+
+
+def test_the_other_domain_may_have_other_columns(classifiers):
+    """`--text-columns` would be ignored for the other domain's file, and another column of it be read."""
+    rows = [json.loads(line) for line in (classifiers / "books.jsonl").read_text().splitlines()]
+    for name, change in (("both", {"note": "not a film"}), ("body", {})):
+        renamed = [{("body" if name == "body" else "text"): r["text"], "label": r["label"], **change} for r in rows]
+        (classifiers / f"{name}.jsonl").write_text("\n".join(map(json.dumps, renamed)))
+    numbers = []
+    start = ["evaluate", classifiers / "films", "--data", classifiers / "films.jsonl", "--num-samples", 2]
+    start += ["--text-columns", "text", "--output", classifiers / "out.json", "--ood-data"]
+    for file, more in (("books", []), ("both", []), ("body", ["--ood-text-columns", "body"])):
+        result = invoke(*start, classifiers / f"{file}.jsonl", *more)
+        assert result.exit_code == 0, result.output
+        numbers.append(json.loads((classifiers / "out.json").read_text()))
+    assert numbers[0] == numbers[1] == numbers[2]
+    result = invoke(*start, classifiers / "body.jsonl")
+    assert result.exit_code == 2
+    assert "lacks the column(s) text" in result.output
+    result = invoke(*start[:-1], "--ood-text-columns", "body")
+    assert "`ood_text_columns` must come with `ood_data`" in result.output
+
+
+def test_options_without_effect_are_refused(tmp_path):
+    """Someone who asks for figures or an early stop would wait for what never comes."""
+    tiny.save_gpt2(tmp_path / "gpt2", ["one two three", "four five"], 32)
+    (tmp_path / "rows.jsonl").write_text('{"text": "one two three"}\n')
+    model, _ = load_checkpoint(tmp_path / "gpt2")
+    posterior_of(model, 10, torch.Generator().manual_seed(0))[0].save_pretrained(tmp_path / "gpt2")
+    start = ["evaluate", tmp_path / "gpt2", "--data", tmp_path / "rows.jsonl", "--num-samples", 2]
+    for flags, names in (
+        (["--tolerance", 0.1], "`tolerance`"),
+        (["--plots", tmp_path], "`plots`"),
+        (["--ood-data", tmp_path / "rows.jsonl", "--plots", tmp_path], "`ood_data` and `plots`"),
+    ):
+        result = invoke(*start, *flags)
+        assert result.exit_code == 2, result.output
+        assert f"{names} must be left out for a language model" in result.output
