@@ -97,8 +97,9 @@ def load_checkpoint(directory: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
             config = transformers.AutoConfig.from_pretrained(settings.base_model_name_or_path)
             auto = {"SEQ_CLS": "ForSequenceClassification", "CAUSAL_LM": "ForCausalLM"}.get(settings.task_type)
             cls = getattr(transformers, f"AutoModel{auto}") if auto else model_class(config)
-            labels = _labels_of(Path(directory)) if auto == "ForSequenceClassification" else {}
-            base = cls.from_pretrained(settings.base_model_name_or_path, **labels)
+            labels = labels_of_adapter(Path(directory)) if auto == "ForSequenceClassification" else None
+            more = {} if labels is None else {"num_labels": labels}
+            base = cls.from_pretrained(settings.base_model_name_or_path, **more)
             model = peft.PeftModel.from_pretrained(base, name, is_trainable=True)
         else:
             config = transformers.AutoConfig.from_pretrained(name)
@@ -125,13 +126,13 @@ def model_class(config: Any) -> Any:
     return getattr(transformers, name)
 
 
-def _labels_of(directory: Path) -> dict[str, int]:
-    """Return the number of labels of an adapter's saved head, if it has one."""
+def labels_of_adapter(directory: Path) -> int | None:
+    """Return the number of labels of an adapter's saved head, None if it has none."""
     from hf_ivon.tensor_files import TensorFiles
 
     heads = [e for n, e in TensorFiles(directory, "adapter_model", []).entries.items() if n.endswith(
         ("score.weight", "classifier.weight", "out_proj.weight"))]  # fmt: skip
-    return {"num_labels": heads[0].shape[0]} if heads else {}
+    return heads[0].shape[0] if heads else None
 
 
 def is_language_model(model: nn.Module) -> bool:

@@ -133,6 +133,13 @@ def config_problems(values: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def setting_text(value: float | Mapping[str, float]) -> str:
+    """Return a setting to read; where it differs by tensor, its range."""
+    if not isinstance(value, Mapping):
+        return f"{value:.6g}"
+    return f"{min(value.values()):.6g} to {max(value.values()):.6g}, by tensor"
+
+
 def library_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that shape a checkpoint, as far as they are installed."""
     versions = {"python": platform.python_version()}

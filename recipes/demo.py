@@ -99,9 +99,9 @@ def main() -> None:
     print("\n== What the checkpoint holds\n", flush=True)
     subprocess.run([sys.executable, "-m", "hf_ivon", "inspect", str(directory / "ivon")], check=True)
     rows = [
-        ["AdamW", results["AdamW"]["perplexity_mean"]],
-        ["IVON at the mean", results["IVON"]["perplexity_mean"]],
-        [f"IVON, {results['IVON']['eval_num_samples']} weight samples", results["IVON"]["perplexity_averaged"]],
+        ["AdamW", results["AdamW"]["mean"]["perplexity"]],
+        ["IVON at the mean", results["IVON"]["mean"]["perplexity"]],
+        [f"IVON, {results['IVON']['num_samples']} weight samples", results["IVON"]["averaged"]["perplexity"]],
     ]
     print(f"\n== Validation perplexity after {arguments.max_steps} steps each\n")
     print(common.table(rows, ["", "perplexity"]))

@@ -239,7 +239,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results = evaluate(trainer, validation, data_args.eval_num_samples, args)
     results["history"] = trainer.state.log_history
     common.write_results(args.output_dir, results)
-    rows = [[results["optimizer"], results["perplexity_mean"], results.get("perplexity_averaged")]]
+    averaged = results.get("averaged", {}).get("perplexity")
+    rows = [[results["optimizer"], results["mean"]["perplexity"], averaged]]
     print(common.table(rows, ["optimizer", "perplexity (mean)", f"averaged ({data_args.eval_num_samples} samples)"]))
     return results
 
@@ -250,8 +251,7 @@ def evaluate(trainer: IVONTrainer, validation: Any, num_samples: int, args: IVON
     at_mean = posterior_perplexity(trainer.model, None, loader, num_samples=0)
     results = {
         "optimizer": getattr(args.optim, "value", args.optim),
-        "perplexity_mean": at_mean["perplexity"],
-        "nll_mean": at_mean["nll"],
+        "mean": {name: at_mean[name] for name in ("perplexity", "nll")},
         "num_eval_tokens": at_mean["num_tokens"],
         "num_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "max_steps": trainer.state.max_steps,
@@ -261,8 +261,8 @@ def evaluate(trainer: IVONTrainer, validation: Any, num_samples: int, args: IVON
         averaged = posterior_perplexity(
             trainer.model, trainer.posterior(), loader, num_samples=num_samples, seed=args.seed
         )
-        results.update({"perplexity_averaged": averaged["perplexity"], "nll_averaged": averaged["nll"]})
-        results["eval_num_samples"] = num_samples
+        results["averaged"] = {name: averaged[name] for name in ("perplexity", "nll")}
+        results["num_samples"] = num_samples
     return results
 
 

@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             model, trainer.posterior(), loader, num_samples=glue.eval_num_samples, seed=args.seed
         )
         results["averaged"] = evaluate(glue.task_name, averaged)
-        results["eval_num_samples"] = glue.eval_num_samples
+        results["num_samples"] = glue.eval_num_samples
     results["history"] = trainer.state.log_history
     common.write_results(args.output_dir, results)
     print_results(results)

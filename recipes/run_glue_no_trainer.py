@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             if name == "mean" or samples:
                 prediction = posterior_predict(model, given, batches, num_samples=samples, seed=args.seed)
                 results[name] = run_glue.evaluate(glue.task_name, prediction)
+                results["num_samples"] = prediction.num_samples
         common.write_results(args.output_dir, results)
         run_glue.print_results(results)
     accelerator.wait_for_everyone()

@@ -90,19 +90,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {"optimizer": str(getattr(args.optim, "value", args.optim)), "seed": args.seed}
     if trainer.eval_dataset is not None:
         loader = DataLoader(trainer.eval_dataset, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
-        results["perplexity_mean"] = posterior_perplexity(trainer.model, None, loader, num_samples=0)["perplexity"]
+        at_mean = posterior_perplexity(trainer.model, None, loader, num_samples=0)
+        results["mean"] = {"perplexity": at_mean["perplexity"]}
         if results["optimizer"] == "ivon" and lora.eval_num_samples > 0:
             posterior = trainer.posterior()
             averaged = posterior_perplexity(
                 trainer.model, posterior, loader, num_samples=lora.eval_num_samples, seed=args.seed
             )
-            results["perplexity_averaged"] = averaged["perplexity"]
+            results["averaged"] = {"perplexity": averaged["perplexity"]}
+            results["num_samples"] = lora.eval_num_samples
         header = ["optimizer", "perplexity (mean)", f"averaged ({lora.eval_num_samples} samples)"]
-        print(
-            common.table(
-                [[results["optimizer"], results["perplexity_mean"], results.get("perplexity_averaged")]], header
-            )
-        )
+        row = [results["optimizer"], *(results.get(key, {}).get("perplexity") for key in ("mean", "averaged"))]
+        print(common.table([row], header))
     common.write_results(args.output_dir, results)
     return results
 

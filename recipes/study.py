@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 
 
 def numbers(results: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a run, flat: `perplexity_mean`, `mean.nll`, `averaged.nll`, ..."""
+    """Return the numbers of a run, flat: `train_seconds`, `mean.nll`, `averaged.nll`, ..."""
     flat = {}
     for key, value in results.items():
         if isinstance(value, dict):

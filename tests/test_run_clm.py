@@ -40,7 +40,7 @@ def run(tmp_path, *flags, name="out"):
 def test_ivon_run_leaves_a_checkpoint_with_its_posterior(tmp_path, files):
     """The first road of the package: script in, mean and variances out, perplexity at the mean and averaged."""
     results = run(tmp_path, *files, "--learning_rate", "0.5", "--ivon_ess", "1e4")
-    assert results["perplexity_averaged"] != results["perplexity_mean"]
+    assert results["averaged"]["perplexity"] != results["mean"]["perplexity"]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["optimizer"] == "ivon"
     model = run_clm.GPT2LMHeadModel.from_pretrained(tmp_path / "out")
     posterior = load_posterior(tmp_path / "out", model)
@@ -53,7 +53,7 @@ def test_ivon_run_leaves_a_checkpoint_with_its_posterior(tmp_path, files):
 def test_adamw_is_one_flag_away(tmp_path, files):
     """The baseline must run through the same script, without a posterior."""
     results = run(tmp_path, *files, "--optim", "adamw_torch", "--learning_rate", "1e-3")
-    assert "perplexity_averaged" not in results
+    assert "averaged" not in results
     assert not (tmp_path / "out" / "posterior.safetensors").exists()
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
 from hf_ivon import load_posterior
+from hf_ivon.hub import write_card
 from recipes import common, demo, glue_tasks, run_glue_no_trainer
 from tests import processes, tiny
 from tests.test_run_glue import model_dir, write_rows
@@ -103,7 +104,8 @@ def test_lora_recipe_saves_a_posterior_over_the_adapter(tmp_path, auto_disabled_
     }
     settings = str(ROOT / "recipes" / "settings" / "ivon_lora.json")
     results = run_sft_lora.main([settings, *demo.flags(flags)])
-    assert results["perplexity_averaged"] != results["perplexity_mean"]
+    assert results["averaged"]["perplexity"] != results["mean"]["perplexity"]
+    assert "averaged over 2 weight samples" in write_card(tmp_path / "out").read_text(), "results are not in the card"
     base = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
     posterior = load_posterior(tmp_path / "out", peft.PeftModel.from_pretrained(base, tmp_path / "out"))
     assert set(posterior.names()) == set(load_file(tmp_path / "out" / "adapter_model.safetensors"))

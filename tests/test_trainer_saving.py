@@ -1,12 +1,10 @@
 """What the Trainer writes: a posterior beside every mean, and of the same step."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
-import transformers.trainer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel, TrainerCallback
@@ -126,66 +124,10 @@ def test_a_best_model_without_posterior_is_an_error(tmp_path):
         trainer.train()
 
 
-needs_hub_client = pytest.mark.skipif(
-    not hasattr(transformers.trainer, "hf_api"), reason="this release has no client that can be replaced"
-)
-
-
-class Hub:
-    """Stands for the Hub's client: reads what would be uploaded at the time of the call."""
-
-    def __init__(self):
-        self.pushes = []
-
-    def create_repo(self, name, **kwargs):
-        return SimpleNamespace(repo_id=f"someone/{name}")
-
-    def upload_folder(self, *, folder_path, path_in_repo=".", run_as_future=False, **kwargs):
-        folder = Path(folder_path)
-        self.pushes.append((path_in_repo, load_posterior(folder), load_file(folder / "model.safetensors")))
-        done = SimpleNamespace(done=lambda: True, result=lambda: None)
-        return done if run_as_future else None
-
-
-@needs_hub_client
-def test_every_push_holds_the_pair(tmp_path, monkeypatch):
-    """A push in the middle of training would upload a mean without its posterior, or with an older one."""
-    hub = Hub()
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
-    steps = []
-
-    class Look(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            steps.append(trainer.posterior())
-
-    args = tiny.arguments(
-        tmp_path / "model", push_to_hub=True, save_strategy="steps", save_steps=2, hub_strategy="checkpoint"
-    )
-    trainer = IVONTrainer(model=tiny.gpt2(), args=args, train_dataset=tiny.text(), callbacks=[Look()])
-    trainer.train()
-    trainer.push_to_hub()
-    assert [path for path, *_ in hub.pushes] == [".", "last-checkpoint", ".", "last-checkpoint", "."]
-    for (_, posterior, _), expected in zip(hub.pushes, [steps[0]] * 2 + [steps[1]] * 3, strict=True):
-        assert posterior.config == expected.config
-        assert all(torch.equal(posterior.variance[k], expected.variance[k]) for k in expected.names())
-    tags = ModelCard.load(tmp_path / "model" / "README.md").data.tags
-    assert {"ivon", "posterior"} <= set(tags)
-
-
-@needs_hub_client
-def test_no_push_leaves_the_output_directory_alone(tmp_path, monkeypatch):
-    """Without a push the directory would get a posterior that belongs to none of its means."""
-    monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
-    args = tiny.arguments(tmp_path, push_to_hub=True, save_strategy="steps", save_steps=2, hub_strategy="end")
-    trainer = IVONTrainer(model=tiny.gpt2(), args=args, train_dataset=tiny.text())
-    trainer.train()
-    assert not posterior_files(tmp_path)
-    assert posterior_files(tmp_path / "checkpoint-4")
-
-
 def test_card_keeps_its_tags(tmp_path):
     """The tags that let people find models with a posterior would replace the user's, or be lost."""
     trainer = trained(tmp_path, max_steps=1)
+    trainer.save_model()
     trainer.create_model_card(tags="mine", model_name="a")
     assert {"mine", "ivon", "posterior"} <= set(ModelCard.load(tmp_path / "README.md").data.tags)
     trainer.create_model_card(None, None, ["other"], "b")

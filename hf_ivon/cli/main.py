@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_ivon.cli import curvature, evaluate, merge
+from hf_ivon.cli import curvature, evaluate, merge, push
 from hf_ivon.cli.run import CONTEXT, run
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ app.command(context_settings=CONTEXT)(run)
 app.command()(merge.merge)
 app.command()(curvature.curvature)
 app.command()(evaluate.evaluate)
+app.command()(push.push)
 
 
 @app.callback()
@@ -121,8 +122,10 @@ def _statistics(posterior: Posterior, names: list[str]) -> dict[str, Any]:
 
 def _lines(summary: dict[str, Any]) -> list[str]:
     """Return the summary as lines to read."""
+    from hf_ivon.posterior_config import setting_text
+
     config = summary["config"]
-    settings = {name: _number(config[name]) for name in ("ess", "weight_decay", "hess_init")}
+    settings = {name: setting_text(config[name]) for name in ("ess", "weight_decay", "hess_init")}
     settings |= {name: f"{config[name]:,}" for name in ("num_examples", "num_tokens") if config[name] is not None}
     settings["steps"] = f"{config['steps']:,}"
     settings["betas"] = ", ".join(f"{beta:g}" for beta in config["betas"])
@@ -175,10 +178,3 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         numbers = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
         lines.append("  ".join(["", first.ljust(widths[0]), *numbers]))
     return lines
-
-
-def _number(value: float | dict[str, float]) -> str:
-    """Return a setting to read; where it differs by tensor, its range."""
-    if not isinstance(value, dict):
-        return f"{value:.6g}"
-    return f"{min(value.values()):.6g} to {max(value.values()):.6g}, by tensor"

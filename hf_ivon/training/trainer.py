@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Generator
@@ -19,6 +19,7 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_ivon import distributed
 from hf_ivon.checkpoint import load_posterior, posterior_files, save_posterior
+from hf_ivon.hub import write_card
 from hf_ivon.optim import IVON
 from hf_ivon.posterior import Posterior, posterior_keys
 from hf_ivon.training.accelerate import grad_scale, unwrap_ivon
@@ -27,7 +28,8 @@ from hf_ivon.training.ess import TrainingSize, resolve_ess, training_size
 
 logger = logging.getLogger(__name__)
 
-_CARD_TAGS = ("ivon", "posterior")
+# What the card says of training, beside what `posterior_config.json` holds.
+_CARD_SETTINGS = ("clip_radius", "mc_samples")
 # Largest movement of a weight in one step below which training all but stands still; AdamW's is its learning rate.
 _SMALL_STEP = 1e-6
 
@@ -41,6 +43,7 @@ class IVONTrainerMixin:
     _size: TrainingSize | None = None
     _restored: tuple[int, Posterior] | None = None
     _loss_checked = False
+    _reported: tuple[Any, ...] = ()  # pushes that failed
 
     @property
     def ivon(self) -> IVON | None:
@@ -218,16 +221,51 @@ class IVONTrainerMixin:
         super().save_model(output_dir, _internal_call)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Bring the posterior along: the base class copies a fixed list of files into the directory it uploads.
+        """Bring posterior and card along: the base class copies a fixed list of files into the directory it uploads.
 
         Relies on the base class pushing under the conditions that stand here; without a push nothing is copied, so
-        that the posterior never stands beside another mean.
+        that the posterior never stands beside another mean. With `hub_always_push` an upload that is under way is
+        waited for, as it reads the files that are replaced here.
         """
         if self.ivon is not None and self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
             if self.args.hub_always_push or not busy:
+                self._finish_current_push()
                 _replace_posterior(Path(checkpoint_folder), Path(self.args.output_dir))
+                self._write_card(checkpoint_folder)
         super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        """Wait as the base class does, which says nothing of pushes that failed in the background."""
+        super()._finish_current_push()
+        self._report_failed_pushes()
+
+    def _report_failed_pushes(self) -> None:
+        """Warn once of each push that failed in the background; the next one uploads what is missing."""
+        for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
+            known = not job.done() or job.cancelled() or job in self._reported
+            if not known and (error := job.exception()) is not None:
+                self._reported += (job,)
+                logger.warning(
+                    "A push in the background failed: %s. Nothing is lost: its files are in %r, and the next push "
+                    "uploads what is missing.",
+                    error,
+                    self.args.output_dir,
+                )
+
+    def _write_card(self, source: str) -> None:
+        """Write the posterior's part of the card; a README that cannot be read does not stop training."""
+        ivon = self.ivon
+        assert ivon is not None  # asked before
+        group = ivon.param_groups[0]
+        values = {"learning_rate": self.args.learning_rate} | {name: group[name] for name in _CARD_SETTINGS}
+        training = {name: value if math.isfinite(value) else "inf" for name, value in values.items()}
+        try:
+            write_card(
+                self.args.output_dir, self.hub_model_id or self.args.hub_model_id, source=source, training=training
+            )
+        except (ValueError, OSError) as err:
+            logger.warning("The model card is written without the posterior: %s", err)
 
     def _load_best_model(self) -> None:
         """Restore the Hessian that belongs to the best mean; the base class loads the mean alone."""
@@ -257,21 +295,17 @@ class IVONTrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card as the base class does, with tags that say that a posterior is there.
+        """Write the card as the base class does, and what the posterior is into it.
 
-        Relies on the base class taking `tags`, wherever it stands in its signature.
+        Relies on the base class writing `README.md` into the output directory, where the posterior was saved before.
 
         Args:
             args: Passed on.
             kwargs: Passed on.
         """
-        create = super().create_model_card
-        given = inspect.signature(create).bind(*args, **kwargs)
-        if self.ivon is not None:
-            tags = given.arguments.get("tags")
-            tags = [tags] if isinstance(tags, str) else list(tags or [])
-            given.arguments["tags"] = tags + [tag for tag in _CARD_TAGS if tag not in tags]
-        create(*given.args, **given.kwargs)
+        super().create_model_card(*args, **kwargs)
+        if self.ivon is not None and self.is_world_process_zero():
+            self._write_card(self.args.output_dir)
 
 
 class IVONTrainer(IVONTrainerMixin, Trainer):
