@@ -88,6 +88,31 @@ def load_checkpoint(directory: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
     """
     import transformers
 
+    model, name = load_model(directory), str(directory)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except OSError as err:
+        raise ValueError(f"The model must have its tokenizer beside it, got {name!r}: {err}") from err
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def load_model(directory: str | os.PathLike[str]) -> nn.Module:
+    """Load a model, or an adapter with its base model.
+
+    Args:
+        directory: A directory, or a repository's id.
+
+    Returns:
+        The model, of the class that its configuration names, in evaluation mode. Only an adapter's own parameters
+        require gradients.
+
+    Raises:
+        ValueError: If there is no model.
+    """
+    import transformers
+
     name = str(directory)
     try:
         if (Path(directory) / "adapter_config.json").is_file():
@@ -104,14 +129,9 @@ def load_checkpoint(directory: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
         else:
             config = transformers.AutoConfig.from_pretrained(name)
             model = model_class(config).from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except OSError as err:
-        raise ValueError(
-            f"The model must be a directory or a repository with its tokenizer, got {name!r}: {err}"
-        ) from err
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+        raise ValueError(f"The model must be a directory or a repository, got {name!r}: {err}") from err
+    return model.eval()
 
 
 def model_class(config: Any) -> Any:

@@ -185,9 +185,9 @@ class Posterior:
         }
         first = optimizer.param_groups[0]
         config = PosteriorConfig(
-            ess=_one_or_all(by_name["ess"]),
-            weight_decay=_one_or_all(by_name["weight_decay"]),
-            hess_init=_one_or_all(by_name["hess_init"]),
+            ess=one_or_all(by_name["ess"]),
+            weight_decay=one_or_all(by_name["weight_decay"]),
+            hess_init=one_or_all(by_name["hess_init"]),
             num_examples=num_examples,
             num_tokens=num_tokens,
             steps=int(max((float(optimizer.state[p].get("step", 0)) for p in params.values()), default=0)),
@@ -247,7 +247,8 @@ class Posterior:
         return upload(self, repo_id, **options)
 
 
-def _one_or_all(values: dict[str, float]) -> float | dict[str, float]:
+def one_or_all(values: dict[str, float]) -> float | dict[str, float]:
+    """Return the value that all names have, or, where they differ, all of them."""
     return next(iter(values.values())) if len(set(values.values())) == 1 else values
 
 

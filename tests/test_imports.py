@@ -7,7 +7,19 @@ import pytest
 
 import hf_ivon
 
-LIGHT = ["optim", "posterior", "checkpoint", "metrics", "predict", "merge", "curvature", "data", "hub", "replicas"]
+LIGHT = [
+    "optim",
+    "posterior",
+    "checkpoint",
+    "metrics",
+    "predict",
+    "merge",
+    "convert",
+    "curvature",
+    "data",
+    "hub",
+    "replicas",
+]
 
 
 @pytest.mark.parametrize("module", LIGHT)
