@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel
 
 from hf_ivon import save_posterior
 from hf_ivon.hub import push, write_card
+from hf_ivon.merge import merge
 from tests import tiny
 from tests.classifiers import classifiers, invoke
 from tests.hub_server import hub
@@ -226,3 +227,14 @@ def test_results_may_be_of_the_mean_only(tmp_path):
     header = yaml.safe_load(text.split("---\n")[1])
     (result,) = header["model-index"][0]["results"]
     assert [m["name"] for m in result["metrics"]] == ["accuracy (at the mean)"]
+
+
+def test_a_merge_that_has_a_posterior_keeps_its_own_card(classifiers, hub):
+    """A merge's sources and shares would be lost when it is pushed."""
+    names = [str(classifiers / n) for n in ("films", "books")]
+    merge(names, classifiers / "out", method="gaussian")
+    push(classifiers / "out", NAME)
+    card = ModelCard(hub.repositories[NAME].files["README.md"].decode())
+    assert f"- {names[0]}, weight 1" in card.text
+    assert "| estimator | merge-gaussian |" in card.text
+    assert card.data.tags == ["merge", "hf_ivon", "posterior"]

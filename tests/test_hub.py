@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -102,13 +103,34 @@ def test_nothing_is_lost_when_a_push_fails(tmp_path, hub, what):
     hub.fail(match, status=status)
     result = invoke("push", tmp_path / "b", NAME)
     assert result.exit_code == 2, result.output
-    assert "Nothing was changed on the Hub" in result.output
+    assert "No file on the Hub was changed" in result.output
     assert "Traceback" not in result.output
     assert hub.repositories[NAME].messages == ["initial commit", "Upload model and posterior"]
     assert_same(NAME, first, earlier, cache_dir=tmp_path / "cache-1")
     load_posterior(tmp_path / "b", model)
     hub.faults.clear()
     assert invoke("push", tmp_path / "b", NAME).exit_code == 0
+    assert_same(NAME, model, posterior, cache_dir=tmp_path / "cache-2")
+
+
+def test_a_push_that_is_killed_can_be_made_again(tmp_path, hub):
+    """A laptop that is closed in the middle of an upload would leave half a model, on the Hub or on the disk."""
+    first, earlier = make(tmp_path / "a", 1)
+    push(tmp_path / "a", NAME)
+    model, posterior = make(tmp_path / "b", 2, "4KB")
+    hub.asked.clear()
+    hub.delay = 0.2
+    command = [sys.executable, "-m", "hf_ivon", "push", str(tmp_path / "b"), NAME]
+    with subprocess.Popen(command, env=hub.environment(tmp_path / "home"), stderr=subprocess.PIPE) as process:
+        while process.poll() is None and sum("PUT /lfs/" in asked for asked in hub.asked) < 3:
+            time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+        process.kill()
+    hub.delay = 0.0
+    assert_same(NAME, first, earlier, cache_dir=tmp_path / "cache-1")
+    hub.asked.clear()
+    push(tmp_path / "b", NAME)
+    assert sum("PUT /lfs/" in asked for asked in hub.asked) <= 6, "what had arrived of eight files was sent again"
     assert_same(NAME, model, posterior, cache_dir=tmp_path / "cache-2")
 
 
@@ -131,6 +153,7 @@ def test_a_posterior_of_other_weights_is_not_pushed(tmp_path, hub):
     result = invoke("push", tmp_path, NAME)
     assert result.exit_code == 2
     assert "the mean beside it is not the one it belongs to" in result.output
+    assert "push again" not in result.output
     assert not hub.asked
     for file in posterior_files(tmp_path):
         file.unlink()

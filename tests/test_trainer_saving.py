@@ -132,6 +132,9 @@ def test_card_keeps_its_tags(tmp_path):
     assert {"mine", "ivon", "posterior"} <= set(ModelCard.load(tmp_path / "README.md").data.tags)
     trainer.create_model_card(None, None, ["other"], "b")
     assert {"other", "mine", "ivon"} <= set(ModelCard.load(tmp_path / "README.md").data.tags)
+    unsaved = trained(tmp_path / "unsaved", max_steps=1)
+    unsaved.create_model_card()
+    assert "posterior" not in ModelCard.load(tmp_path / "unsaved" / "README.md").data.tags
     plain = trained(tmp_path / "adam", optim="adamw_torch", max_steps=1)
     plain.create_model_card()
     assert "posterior" not in (ModelCard.load(tmp_path / "adam" / "README.md").data.tags or [])

@@ -31,8 +31,9 @@ def push(
     options = {"commit_message": commit_message, "private": private, "revision": revision, "create_pr": create_pr}
     try:
         done = upload(directory, repo_id, license=license, **options)
-    except (ValueError, OSError, RuntimeError) as err:  # what the Hub's client raises
+    except (ValueError, OSError, RuntimeError) as err:  # the two last from the Hub's client
         typer.echo(f"error: {err}", err=True)
-        typer.echo(f"Nothing was changed on the Hub, and {directory} is complete: push again.", err=True)
+        if not isinstance(err, ValueError):
+            typer.echo(f"No file on the Hub was changed, and {directory} is complete: push again.", err=True)
         raise typer.Exit(2) from None
     typer.echo(f"Pushed: {done.pr_url or done.commit_url}")

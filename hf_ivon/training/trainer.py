@@ -295,16 +295,16 @@ class IVONTrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card as the base class does, and what the posterior is into it.
+        """Write the card as the base class does, and into it what the posterior is, if one was saved beside it.
 
-        Relies on the base class writing `README.md` into the output directory, where the posterior was saved before.
+        Relies on the base class writing `README.md` into the output directory.
 
         Args:
             args: Passed on.
             kwargs: Passed on.
         """
         super().create_model_card(*args, **kwargs)
-        if self.ivon is not None and self.is_world_process_zero():
+        if self.ivon is not None and self.is_world_process_zero() and posterior_files(self.args.output_dir):
             self._write_card(self.args.output_dir)
 
 
