@@ -12,63 +12,27 @@ find what they expect; the hooks only add ``gradient * (theta - mean)`` of each 
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from hf_ivon import distributed, replicas
+from hf_ivon import distributed, replicas, windows
 from hf_ivon.functional import cache_sized
+from hf_ivon.sampling import WeightSampler
 from hf_ivon.state import state_dtype
+from hf_ivon.windows import Context
 
-_MIXED = (
-    "This step mixes contexts whose gradients were zeroed (averaged) with contexts whose gradients add up (summed), "
-    "so its gradient has no single meaning. Call `optimizer.zero_grad()` first inside every "
-    "`with optimizer.sampled_params(train=True):` to average them, or in none but the first to sum them."
-)
-_AT_MEAN = (
-    "`step()` found gradients that were not taken at a weight sample (first: {name}). "
-    "Wrap forward and backward in `with optimizer.sampled_params(train=True):`, or pass a closure to `step`."
-)
-_STALE = (
-    "Gradients of an earlier step are still in `p.grad`, so this step would add to them. "
-    "Call `optimizer.zero_grad()` once per step."
-)
-_BROKEN = (
-    "An earlier `with optimizer.sampled_params(train=True):` failed after its backward pass had begun, so `p.grad` is "
-    "incomplete. Call `optimizer.zero_grad()` and repeat the step."
-)
-_SHARDED_SAMPLES = (
-    "Sharded parameters have one weight sample per step, so that contexts cannot be averaged, nor weighted. Set "
-    "`mc_samples=1` and run one training context per micro-batch, or train without sharding."
-)
-_AUTOGRAD_GRAD = (
-    "`torch.autograd.grad` with respect to parameters was called inside `sampled_params(train=True)`; its gradients "
-    "cannot be told from those of the training loss. Call `loss.backward()` here, and `torch.autograd.grad` outside."
-)
-
-
-@dataclass
-class _Context:
-    """One training context: which parameters got a gradient, and what `p.grad` was before it."""
-
-    weight: float
-    inverse_scale: float | Tensor
-    before: dict[Tensor, tuple[Tensor, int]]
-    stale: dict[Tensor, Tensor | None]
-    zeroed: bool = False
-    seen: set[Tensor] = field(default_factory=set)
-    accumulated: set[Tensor] = field(default_factory=set)
-    cleared: set[bool] = field(default_factory=set)
+logger = logging.getLogger(__name__)
 
 
 class GradientCapture:
     """Hooks on the parameters, and the window that they fill.
 
     Args:
-        means: Parameter to posterior mean, for the parameters that hold a weight sample; kept up by the sampler.
+        sampler: Has put the weight samples into the parameters.
         squared: Keep the squared gradient of the window (`hess_approx="gradsq"`) instead of gradient times noise.
 
     Attributes:
@@ -78,10 +42,12 @@ class GradientCapture:
         captured: Parameters that hold a gradient of this window.
     """
 
-    def __init__(self, means: Mapping[Tensor, Tensor], *, squared: bool) -> None:
-        self._means = means
+    def __init__(self, sampler: WeightSampler, *, squared: bool) -> None:
+        self._sampler = sampler
+        self._means = sampler.means
         self._squared = squared
-        self._context: _Context | None = None
+        self._late = True
+        self._context: Context | None = None
         self._buffers: dict[Tensor, Tensor] = {}
         self._hooked: set[Tensor] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -92,7 +58,10 @@ class GradientCapture:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the window; buffers stay allocated."""
+        """Forget the window; its buffers go back to the sampler."""
+        if not self._squared:
+            self._sampler.give_back(self._buffers)
+        self._buffers.clear()
         self.contexts = 0
         self.entered = 0
         self.averaged: bool | None = None
@@ -135,9 +104,9 @@ class GradientCapture:
         """
         cleared = {p.grad is None for p in self.captured | self._broken}
         if self._broken and False in cleared:
-            raise RuntimeError(_BROKEN)
+            raise RuntimeError(windows.BROKEN)
         if len(cleared) == 2:
-            raise RuntimeError(_MIXED)
+            raise RuntimeError(windows.MIXED)
         dropped = cleared == {True}
         if dropped:
             self.clear()
@@ -145,9 +114,28 @@ class GradientCapture:
         inverse_scale = 1.0 if grad_scale is None else 1.0 / grad_scale
         # Sharded gradients are seen when they were added to; what they were added to must be known from before.
         stale = {p: p.grad for p in self._stale if distributed.is_sharded(p) and self._is_stale(p)}
-        self._context = _Context(weight, inverse_scale, before, stale)
+        self._context = Context(weight, inverse_scale, before, stale)
         self.entered += 1
         return dropped
+
+    def take_products(self) -> None:
+        """Take gradient times noise from `p.grad`, where that is this context's gradient and nothing else.
+
+        The weight samples must still be in place; the parameters that this is done for hold their means afterwards.
+        """
+        context = self._context
+        if context is None or not context.late:
+            return
+        grads = {p: p.grad for p in context.late if p.grad is not None}
+        if any(not g._is_view() and (id(g), g._version) != context.late[p] for p, g in grads.items()):
+            self._late = False
+            logger.warning(
+                "Gradients were changed inside `sampled_params(train=True)` after the backward pass, and the Hessian "
+                "of this step is of the changed ones. From now on they are read in the backward pass, which takes one "
+                "more buffer of the model's size; to save it, clip or scale gradients after the `with` block."
+            )
+        self._buffers.update(self._sampler.take_products(grads, context.inverse_scale))
+        self._started.update(grads)
 
     def end(self, failed: bool) -> None:
         """Close the training context and settle how it joins the window.
@@ -163,7 +151,7 @@ class GradientCapture:
             return
         if context.seen != context.accumulated:
             self._broken |= context.seen
-            raise RuntimeError(_AUTOGRAD_GRAD)
+            raise RuntimeError(windows.AUTOGRAD_GRAD)
         if not context.accumulated:
             return
         self._groups.check()
@@ -193,10 +181,11 @@ class GradientCapture:
             self.clear()
         elif context.seen:
             if self.contexts:
-                raise RuntimeError(_MIXED)
+                raise RuntimeError(windows.MIXED)
             # The only context starts over: what it captured goes with the gradients.
             context.seen.clear()
             context.accumulated.clear()
+            context.late.clear()
             self._started.clear()
         elif self.contexts:
             context.zeroed = True
@@ -220,11 +209,13 @@ class GradientCapture:
             RuntimeError: If not; the message says what to do.
         """
         if self._broken:
-            raise RuntimeError(_BROKEN)
+            raise RuntimeError(windows.BROKEN)
         shared = self.contexts > 0 and distributed.world_size() > 1
         for p in params:
             if (p not in self.captured and not shared) or p in self._at_mean:
-                raise RuntimeError(_STALE if self._is_stale(p) else _AT_MEAN.format(name=names.get(p, "?")))
+                raise RuntimeError(
+                    windows.STALE if self._is_stale(p) else windows.AT_MEAN.format(name=names.get(p, "?"))
+                )
         if self.contexts % mc_samples:
             raise RuntimeError(
                 f"`mc_samples` is {mc_samples}, but this step ran {self.contexts} training context(s). Run a multiple "
@@ -246,7 +237,7 @@ class GradientCapture:
         for p in whole:
             if p not in self._started:
                 self._started.add(p)
-                self._buffers[p] = self._clean_buffer(p, torch.empty_like(p, dtype=state_dtype(p)))
+                self._buffers[p] = self._sampler.borrow(p).zero_()
         distributed.average_([self._buffers[p] for p in whole])
 
     def curvature(self, p: Tensor) -> tuple[Tensor, float]:
@@ -272,7 +263,9 @@ class GradientCapture:
         if p not in context.seen:
             context.seen.add(p)
             self._check_first(context, p)
-        if not self._squared:
+        if self._may_wait(context, p):
+            context.late[p] = (0, 0)
+        elif not self._squared:
             self._add_noise_grad(context, p, grad)
         return None if context.weight == 1.0 else grad * context.weight
 
@@ -283,10 +276,17 @@ class GradientCapture:
             self._at_mean.add(p)
             return
         context.accumulated.add(p)
+        if p in context.late and p.grad is not None:
+            context.late[p] = (id(p.grad), p.grad._version)
         if distributed.is_sharded(p):
             self._on_reduced(context, p, of_group)
 
-    def _on_reduced(self, context: _Context, p: Tensor, of_group: Tensor | None) -> None:
+    def _may_wait(self, context: Context, p: Tensor) -> bool:
+        """Tell whether `p.grad` will be this context's own gradient, so that the product can be taken at its end."""
+        alone = self.contexts == 0 and p not in context.before and distributed.world_size() == 1
+        return self._late and alone and not self._squared and p.dtype == state_dtype(p)
+
+    def _on_reduced(self, context: Context, p: Tensor, of_group: Tensor | None) -> None:
         """Take in a sharded gradient, which is seen only after its reduction, and in the last micro-batch only.
 
         All of the window's micro-batches had the same sample, so that its whole gradient goes with that noise: what
@@ -297,18 +297,18 @@ class GradientCapture:
         """
         context.seen.add(p)
         if context.weight != 1.0 or context.zeroed:
-            raise RuntimeError(_SHARDED_SAMPLES)
+            raise RuntimeError(windows.SHARDED_SAMPLES)
         if p in context.before:
             context.cleared.add(p.grad is not context.before[p][0])
         elif p.grad is not None and context.stale.get(p) is p.grad:
-            raise RuntimeError(_STALE)
+            raise RuntimeError(windows.STALE)
         if self._squared or p.grad is None:
             return
         if of_group is None:
             self._started.discard(p)
         self._add_noise_grad(context, p, p.grad if of_group is None else of_group)
 
-    def _check_first(self, context: _Context, p: Tensor) -> None:
+    def _check_first(self, context: Context, p: Tensor) -> None:
         """Read off `p.grad`, before this context adds to it, whether the window's gradient was cleared."""
         if p.grad is None:
             self._at_mean.discard(p)
@@ -322,17 +322,17 @@ class GradientCapture:
                 )
             context.cleared.add(context.zeroed or p.grad is None)
         elif self._is_stale(p):
-            raise RuntimeError(_STALE)
+            raise RuntimeError(windows.STALE)
 
     def _is_stale(self, p: Tensor) -> bool:
         """Tell whether `p.grad` is as the last step left it."""
         return p.grad is not None and self._stale.get(p) == (id(p.grad), p.grad._version)
 
-    def _add_noise_grad(self, context: _Context, p: Tensor, grad: Tensor) -> None:
+    def _add_noise_grad(self, context: Context, p: Tensor, grad: Tensor) -> None:
         mean = self._means[p]
         if p not in self._started:
             self._started.add(p)
-            self._buffers[p] = self._clean_buffer(p, mean)
+            self._buffers[p] = (self._buffers[p] if p in self._buffers else self._sampler.borrow(p)).zero_()
         factor = context.inverse_scale * context.weight
         with torch.no_grad():
             weights, gradient = distributed.local(p), distributed.local(grad)
@@ -341,26 +341,20 @@ class GradientCapture:
                 noise = theta.to(m.dtype) - m
                 total.add_(noise.mul_(g).mul_(factor))
 
-    def _clean_buffer(self, p: Tensor, mean: Tensor) -> Tensor:
-        buffer = self._buffers.get(p)
-        if buffer is None or buffer.shape != mean.shape or buffer.device != mean.device:
-            return torch.zeros_like(mean)
-        return buffer.zero_()
-
-    def _settle(self, context: _Context) -> None:
+    def _settle(self, context: Context) -> None:
         """Decide between averaging and summing from what this context found in `p.grad`."""
         cleared = (
             {True} if context.zeroed else context.cleared | {p.grad is None for p in self.captured - context.seen}
         )
         if len(cleared) != 1 or self.averaged not in (None, *cleared):
             self._broken |= context.seen
-            raise RuntimeError(_MIXED)
+            raise RuntimeError(windows.MIXED)
         self.averaged = cleared.pop()
         if self.averaged and any(distributed.is_sharded(p) for p in context.seen):
             self._broken |= context.seen
-            raise RuntimeError(_SHARDED_SAMPLES)
+            raise RuntimeError(windows.SHARDED_SAMPLES)
 
-    def _average(self, context: _Context) -> None:
+    def _average(self, context: Context) -> None:
         """Make `p.grad` the running average over contexts, as it is the running sum when they add up."""
         share = self.contexts / (self.contexts + 1.0)
         for p in self.captured | context.accumulated:
@@ -372,7 +366,7 @@ class GradientCapture:
             else:
                 p.grad.lerp_(earlier, share)
 
-    def _square(self, context: _Context) -> None:
+    def _square(self, context: Context) -> None:
         """Keep the squared gradient: of the sum so far, or summed over the contexts that are to be averaged."""
         # Other processes may have had a gradient where this one had none; the reduction has brought it here.
         params = context.accumulated if distributed.world_size() == 1 else self._hooked

@@ -195,8 +195,8 @@ def newton_direction(
         tensor([1.5000])
     """
     displacement = mean if prior_mean is None else mean - prior_mean
-    direction = (momentum / debias).add_(displacement, alpha=weight_decay).div_(hess + weight_decay)
-    return direction if math.isinf(clip_radius) else direction.clamp_(-clip_radius, clip_radius)
+    direction = (momentum / debias).add_(displacement * weight_decay).div_(hess + weight_decay)
+    return direction.clamp_(-clip_radius, clip_radius)
 
 
 def cache_sized(*tensors: Tensor, max_elements: int = 2**17) -> Iterator[tuple[Tensor, ...]]:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from hf_ivon import distributed, functional, replicas
 from hf_ivon.capture import GradientCapture
+from hf_ivon.execution import Execution
 from hf_ivon.options import check_options
-from hf_ivon.sampling import WeightSampler
+from hf_ivon.sampling import Draw, WeightSampler, interrupts_deferred
 from hf_ivon.state import (
     adopt_changes,
     complete_state,
@@ -28,6 +29,7 @@ from hf_ivon.state import (
     state_dtype,
 )
 from hf_ivon.statistics import posterior_statistics
+from hf_ivon.updates import Entry, apply_updates
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,9 @@ class IVON(torch.optim.Optimizer):
             of the step's batch (Appendix B.2).
         prior_mean: ``"zero"``; ``"init"``, the weights at the first use; or one tensor per parameter, in order.
         seed: Seed of the weight noise, which has a generator of its own, in [0, 2**63).
+        foreach: Work on small tensors together; None does so.
+        fused: Run the passes over memory compiled; None does so for models of more than 4 million trainable weights.
+            Without a compiler they run eagerly, which is slower.
 
     Raises:
         ValueError: If an option is out of range.
@@ -91,6 +96,8 @@ class IVON(torch.optim.Optimizer):
         hess_approx: str = "price",
         prior_mean: str | Iterable[Tensor] = "zero",
         seed: int = 0,
+        foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         given = None if isinstance(prior_mean, str) else list(prior_mean)
         defaults = {
@@ -107,6 +114,8 @@ class IVON(torch.optim.Optimizer):
             "hess_approx": hess_approx,
             "prior_mean": prior_mean if given is None else "given",
             "seed": seed,
+            "foreach": foreach,
+            "fused": fused,
             "window": 0,  # closed windows; with the seed, the whole random state
         }
         check_options(defaults)
@@ -118,8 +127,9 @@ class IVON(torch.optim.Optimizer):
     def _start(self) -> None:
         """Make what a checkpoint does not hold: sampler and capture, with their buffers."""
         squared = any(group["hess_approx"] == "gradsq" for group in self.param_groups)
-        self._sampler = WeightSampler()
-        self._capture = GradientCapture(self._sampler.means, squared=squared)
+        self._execution = Execution(self.defaults["foreach"], self.defaults["fused"])
+        self._sampler = WeightSampler(self._execution)
+        self._capture = GradientCapture(self._sampler, squared=squared)
         self._inside = False
         self._eval_draws = 0
         self._warned_dropped = False
@@ -193,17 +203,25 @@ class IVON(torch.optim.Optimizer):
         failed = True
         try:
             self._inside = True
+            draws = []
             for index, (group, p) in enumerate(self._parameters()):
                 if p.requires_grad:
                     # A sharded parameter is one in its replica group, and keeps its sample for the whole window.
                     r, d = (replicas.replica(p), 1) if train and distributed.is_sharded(p) else (rank, draw)
-                    key = (group["seed"], stream, r, group["window"], d, index)
-                    self._sampler.perturb(p, group, self._state(p, group), key)
+                    key = (group["seed"], stream, r, group["window"], d)
+                    draws.append(Draw(p, group, self._state(p, group), key, index))
+            with interrupts_deferred():
+                self._sampler.perturb(draws)
             self._sampler.forget_copies()
             yield
             failed = False
         finally:
-            self._sampler.restore()
+            with interrupts_deferred():
+                try:
+                    if train and not failed:
+                        self._capture.take_products()
+                finally:
+                    self._sampler.restore()
             self._inside = False
             if train:
                 self._capture.end(failed)
@@ -250,19 +268,19 @@ class IVON(torch.optim.Optimizer):
         if self._inside:
             raise RuntimeError("`step()` must not be called inside `sampled_params`. Leave the `with` block first.")
         loss = None if closure is None else self._run_closure(closure)
-        with_grad = [(group, p, p.grad) for group, p in self._parameters() if p.grad is not None]
+        with_grad = [(i, g, p, p.grad) for i, (g, p) in enumerate(self._parameters()) if p.grad is not None]
         if not with_grad:
             return loss
-        params = [p for _, p, _ in with_grad]
-        if all(float(group["lr"]) == 0.0 for group, _, _ in with_grad) and not self._capture.captured:
+        params = [p for _, _, p, _ in with_grad]
+        if not self._capture.captured and all(float(group["lr"]) == 0.0 for group in self.param_groups):
             # torch.distributed.checkpoint steps once with lr=0 and zero gradients to have the state allocated.
-            for group, p, _ in with_grad:
+            for _, group, p, _ in with_grad:
                 self._state(p, group)
             return loss
         self._capture.check(params, parameter_names(self.param_groups), self._mc_samples())
         self._capture.reduce(p for _, p in self._parameters() if p.requires_grad)
-        for group, p, grad in with_grad:
-            self._update(p, grad, group)
+        entries = [Entry(p, grad, group, self._state(p, group), i) for i, group, p, grad in with_grad]
+        apply_updates(entries, self._capture, self._sampler, self._execution)
         self._capture.finish(params)
         self._advance_window()
         return loss
@@ -280,31 +298,6 @@ class IVON(torch.optim.Optimizer):
                 "so that its samples are averaged. Add the call."
             )
         return sum(losses[1:], losses[0]) / len(losses)
-
-    def _update(self, p: Tensor, grad: Tensor, group: Mapping[str, Any]) -> None:
-        state = self._state(p, group)
-        state["step"] += 1
-        debias = 1.0 - group["beta1"] ** float(state["step"]) if group["debias"] else 1.0
-        lr = float(group["lr"])
-        if group["rescale_lr"] and math.isinf(group["clip_radius"]):
-            lr *= group["hess_init"] + group["weight_decay"]
-        delta = group["weight_decay"]
-        mean = state.get("mean", p.detach())
-        curvature, divisor = self._capture.curvature(p)
-        kept = [state[name] for name in ("momentum", "hess", "prior_mean") if name in state]
-        tensors = [distributed.local(t) for t in (mean, grad.to(mean.dtype), curvature, *kept)]
-        for m, g, c, momentum, hess, *prior in functional.cache_sized(*tensors):
-            hess_hat = c if divisor == 1.0 else c / divisor
-            if group["hess_approx"] == "price":
-                hess_hat = functional.hess_hat_price(hess_hat, hess, ess=group["ess"], weight_decay=delta)
-            momentum.copy_(functional.update_momentum(momentum, g, beta1=group["beta1"]))
-            hess.copy_(functional.update_hess(hess, hess_hat, beta2=group["beta2"], weight_decay=delta))
-            step = {"weight_decay": delta, "debias": debias, "clip_radius": group["clip_radius"]}
-            direction = functional.newton_direction(m, momentum, hess, prior_mean=prior[0] if prior else None, **step)
-            m.sub_(direction, alpha=lr)
-        if mean.dtype != p.dtype:
-            p.copy_(mean)
-        self._sampler.written[p] = distributed.local(p)._version
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.param_groups:

@@ -59,10 +59,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "'init', 'zero' or one tensor per parameter",
         "'zero' is Algorithm 1.",
     ),
+    "foreach": (lambda v: v is None or isinstance(v, bool), "True, False or None", "None chooses."),
+    "fused": (lambda v: v is None or isinstance(v, bool), "True, False or None", "None chooses."),
     "seed": (lambda v: _integer(v) and 0 <= v < 2**63, "an integer in [0, 2**63)", "Pass a non-negative integer."),
 }
-
-OPTION_NAMES = tuple(sorted(_RULES))
 
 
 def check_options(options: Mapping[str, Any]) -> None:

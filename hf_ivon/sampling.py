@@ -1,19 +1,29 @@
-"""Weight samples in place: noise that is a function of a key alone, and the way back to the mean."""
+"""Weight samples in place: the noise of each parameter, the buffers that keep the means, and the way back."""
 
 from __future__ import annotations
 
 import hashlib
+import signal
 import struct
-from collections.abc import Mapping
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_ivon import distributed, functional
+from hf_ivon import distributed
+from hf_ivon.execution import Execution
+from hf_ivon.functional import sample
+from hf_ivon.packs import Pack, packable
+from hf_ivon.philox import noise_words
+from hf_ivon.state import state_dtype
 
-# Draws of one generator: a shard then makes no more noise than its own, and the same as in one process.
-_BLOCK, _ACCELERATOR_BLOCK = 2**17, 2**24
+# One for each group, and again if other parameters are trained; old ones are forgotten.
+_MAX_PACKS = 64
 
 
 def generator_seed(*key: int) -> int:
@@ -29,55 +39,156 @@ def generator_seed(*key: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+@dataclass(frozen=True)
+class Draw:
+    """One parameter to be sampled.
+
+    Args:
+        p: The parameter, holding its mean.
+        group: Options of its group; `ess` and `weight_decay` are read.
+        state: Its complete state; `hess` is read, and `mean` where the parameter's dtype is narrower than fp32.
+        key: What the noise is a function of, beside the index: 64-bit integers.
+        index: Number of the parameter in its optimizer.
+    """
+
+    p: Tensor
+    group: Mapping[str, Any]
+    state: Mapping[str, Any]
+    key: tuple[int, ...]
+    index: int
+
+
 class WeightSampler:
     """Puts weight samples into parameters, and the mean back, bit for bit.
 
+    Args:
+        execution: How the passes over memory are run.
+
     Attributes:
         means: Parameter to posterior mean, for the parameters that hold a weight sample now.
-        written: Parameter to its version after the last write from here; a later version was written by others.
+        written: Parameter whose mean is kept in its state, to its version after the last write from here; a later
+            version was written by others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, execution: Execution) -> None:
         self.means: dict[Tensor, Tensor] = {}
         self.written: dict[Tensor, int] = {}
-        self._buffers: dict[Tensor, Tensor] = {}
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._execution = execution
+        self._packs: dict[tuple[int, ...], Pack] = {}
+        self._sampled_packs: list[Pack] = []
+        self._spare: dict[Tensor, list[Tensor]] = {}
+        self._borrowed: set[Tensor] = set()
 
     @torch.no_grad()
-    def perturb(self, p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], key: tuple[int, ...]) -> None:
-        """Write a weight sample into a parameter; of a sharded one, the shard of the sample of the whole.
+    def perturb(self, draws: Sequence[Draw]) -> None:
+        """Write a weight sample into parameters; into a sharded one, the shard of the sample of the whole.
 
         Args:
-            p: The parameter, holding its mean.
-            group: Options of its group; `ess` and `weight_decay` are read.
-            state: Its complete state; `hess`, and `mean` where the parameter's dtype is narrower than fp32.
-            key: What the noise is a function of: 64-bit integers.
+            draws: The parameters, in the order of their optimizer.
         """
-        weights = distributed.local(p)
-        if "mean" in state:
-            mean = distributed.local(state["mean"])
-        else:
-            kept = self._buffers.get(p)
-            if kept is None or kept.shape != weights.shape or kept.device != weights.device:
-                kept = self._buffers[p] = torch.empty_like(weights)
-            mean = kept.copy_(weights)
-        self.means[p] = mean
-        position, total = distributed.shard_start(p), p.numel()
-        for theta, m, hess in functional.cache_sized(weights, mean, distributed.local(state["hess"])):
-            noise = self._noise(m, position, total, key)
-            theta.copy_(functional.sample(m, hess, noise, ess=group["ess"], weight_decay=group["weight_decay"]))
-            position += m.numel()
+        self._execution.plan(sum(draw.p.numel() for draw in draws))
+        packed: dict[int, list[Draw]] = {}
+        for draw in draws:
+            if self._execution.packs and packable(draw.p) and "mean" not in draw.state:
+                packed.setdefault(id(draw.group), []).append(draw)
+            else:
+                self._perturb_one(draw)
+        for members in packed.values():
+            self._perturb_pack(members)
 
-    def _noise(self, like: Tensor, start: int, total: int, key: tuple[int, ...]) -> Tensor:
-        """Return standard normal draws for a range of a flattened tensor, the same however the tensor is cut."""
-        size = _BLOCK if like.device.type == "cpu" else _ACCELERATOR_BLOCK
-        pieces = []
-        for block in range(start // size, -(-(start + like.numel()) // size)):
-            begin = block * size
-            generator = self._generator(like.device, (*key, block))
-            draws = torch.randn(min(size, total - begin), generator=generator, device=like.device, dtype=like.dtype)
-            pieces.append(draws[max(0, start - begin) : start + like.numel() - begin])
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else like.new_empty(0)).view(like.shape)
+    def _perturb_one(self, draw: Draw) -> None:
+        p, options = draw.p, {"ess": draw.group["ess"], "weight_decay": draw.group["weight_decay"]}
+        weights, hess = distributed.local(p), distributed.local(draw.state["hess"])
+        words = noise_words(draw.key, draw.index)
+        if "mean" in draw.state:
+            mean = distributed.local(draw.state["mean"])
+        else:
+            mean = self.borrow(p)
+            self._borrowed.add(p)
+            if self._execution.sample_compiled(weights, mean, hess, words, **options):
+                self.means[p] = mean
+                return
+            mean.copy_(weights)
+        self.means[p] = mean
+        start = distributed.shard_start(p)
+        self._execution.sample(weights, mean, hess, words, start=start, total=p.numel(), **options)
+
+    def _perturb_pack(self, draws: Sequence[Draw]) -> None:
+        """Sample small parameters of one group together."""
+        pack = self.pack([draw.p for draw in draws], [draw.index for draw in draws])
+        group = draws[0].group
+        theta = pack.gather("theta", pack.params)
+        mean = pack.flat("mean").copy_(theta)
+        hess = pack.gather("hess", [draw.state["hess"] for draw in draws])
+        noise = pack.noise(noise_words(draws[0].key, 0))
+        theta.copy_(sample(mean, hess, noise, ess=group["ess"], weight_decay=group["weight_decay"]))
+        self._sampled_packs.append(pack)
+        self.means.update(zip(pack.params, pack.views("mean"), strict=True))
+        pack.scatter("theta", pack.params)
+
+    def pack(self, params: Sequence[Tensor], indices: Sequence[int]) -> Pack:
+        """Return the pack of some small parameters, kept from one call to the next while they stay where they are.
+
+        Args:
+            params: The parameters.
+            indices: Their numbers in their optimizer.
+        """
+        key = tuple(id(p) for p in params)
+        pack = self._packs.get(key)
+        if pack is None or not pack.holds(params, indices):
+            if len(self._packs) >= _MAX_PACKS:
+                self._packs.clear()
+            pack = self._packs[key] = Pack(params, indices)
+        return pack
+
+    def borrow(self, p: Tensor) -> Tensor:
+        """Return a buffer for parameter `p`: of the shape of its local part, in the dtype of its state."""
+        weights = distributed.local(p)
+        spare = self._spare.get(p, [])
+        while spare:
+            buffer = spare.pop()
+            if (buffer.shape, buffer.device, buffer.dtype) == (weights.shape, weights.device, state_dtype(p)):
+                return buffer
+        return torch.empty_like(weights, dtype=state_dtype(p))
+
+    def give_back(self, buffers: Mapping[Tensor, Tensor]) -> None:
+        """Take back what `borrow` or `take_products` returned, by parameter."""
+        for p, buffer in buffers.items():
+            if not buffer._is_view():  # a view is part of a pack
+                self._spare.setdefault(p, []).append(buffer)
+
+    @torch.no_grad()
+    def take_products(self, grads: Mapping[Tensor, Tensor], factor: float | Tensor) -> dict[Tensor, Tensor]:
+        """Put the mean back into parameters, and return gradient times noise for each.
+
+        The product stands in the buffer that held the mean: to know both takes no more memory than one.
+
+        Args:
+            grads: Parameter that holds a weight sample, and whose mean is not in its state, to its gradient.
+            factor: Multiplies the products.
+
+        Returns:
+            Parameter to product, in its shape; the caller's until they are given back. Those of packed parameters are
+            overwritten by the next call.
+        """
+        products: dict[Tensor, Tensor] = {}
+        for pack in self._sampled_packs:
+            if all(p in grads for p in pack.params):
+                theta, grad = pack.flat("theta"), pack.gather("grad", [grads[p] for p in pack.params])
+                torch.sub(theta, pack.flat("mean"), out=pack.flat("product")).mul_(grad).mul_(factor)
+                products.update(zip(pack.params, pack.views("product"), strict=True))
+            else:
+                for p, mean, product in zip(pack.params, pack.views("mean"), pack.views("product"), strict=True):
+                    if p in grads:
+                        products[p] = torch.sub(p, mean, out=product).mul_(grads[p]).mul_(factor)
+        for p in [p for p in self._borrowed if p in grads]:
+            weights, mean = distributed.local(p), self.means[p]
+            self._execution.take_product(weights, mean, grads[p], factor if isinstance(factor, float) else 1.0)
+            self._borrowed.discard(p)
+            products[p] = self.means.pop(p)
+            if isinstance(factor, Tensor):
+                products[p].mul_(factor)
+        return products
 
     def restore(self) -> None:
         """Write the means back; an interrupt in between is raised after all of them are in place."""
@@ -87,6 +198,9 @@ class WeightSampler:
             self._write_means()
             raise
         self.forget_copies()
+        self.give_back({p: self.means[p] for p in self._borrowed})
+        self._borrowed.clear()
+        self._sampled_packs.clear()
         self.means.clear()
 
     def forget_copies(self) -> None:
@@ -97,13 +211,34 @@ class WeightSampler:
 
     @torch.no_grad()
     def _write_means(self) -> None:
+        for pack in self._sampled_packs:
+            pack.scatter("mean", pack.params)
+        packed = {p for pack in self._sampled_packs for p in pack.params}
         for p, mean in self.means.items():
-            weights = distributed.local(p)
-            weights.copy_(mean)
-            self.written[p] = weights._version
+            if p not in packed:
+                weights = distributed.local(p)
+                weights.copy_(mean)
+                if p not in self._borrowed:
+                    self.written[p] = weights._version
 
-    def _generator(self, device: torch.device, key: tuple[int, ...]) -> torch.Generator:
-        """Return a generator whose draws depend on the key alone: nothing of it needs to be saved."""
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device)
-        return self._generators[device].manual_seed(generator_seed(*key))
+
+@contextmanager
+def interrupts_deferred() -> Generator[None, None, None]:
+    """Let signals' handlers wait until the block has ended: half-written weights could not be told from whole ones."""
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread alone
+        yield
+        return
+    waiting: list[tuple[int, FrameType | None]] = []
+    handlers = {}
+    for interrupt in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(interrupt)
+        if callable(handler):
+            handlers[int(interrupt)] = handler
+            signal.signal(interrupt, lambda number, frame: waiting.append((number, frame)))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in waiting:
+            handlers[number](number, frame)

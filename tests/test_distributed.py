@@ -1,6 +1,7 @@
 """Several processes: fresh noise in each, curvature from local gradients, one posterior at the end."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,9 +64,10 @@ def noise_of():
     """Draw the noise that a process of several would draw: the one named in the mapping that is yielded."""
     perturb, coordinates = WeightSampler.perturb, {}
 
-    def as_rank(self, p, group, state, key):
-        seed, stream, _, window, _, index = key
-        perturb(self, p, group, state, (seed, stream, coordinates["rank"], window, coordinates["draw"], index))
+    def as_rank(self, draws):
+        rank, number = coordinates["rank"], coordinates["draw"]
+        keys = [(seed, stream, rank, window, number) for seed, stream, _, window, _ in (draw.key for draw in draws)]
+        perturb(self, [replace(draw, key=key) for draw, key in zip(draws, keys, strict=True)])
 
     WeightSampler.perturb = as_rank
     try:

@@ -216,22 +216,3 @@ def stale(rank, world_size, clear):
 def test_gradients_that_were_not_cleared_are_told_apart(tmp_path, clear):
     """A new gradient in the place of the cleared one was taken for the old one; a real old one must be refused."""
     assert processes.run(stale, 2, tmp_path, clear) == [not clear] * 2
-
-
-def test_noise_does_not_depend_on_how_a_tensor_is_cut():
-    """Blocks of noise must meet at their borders, or shards would get another sample than one process."""
-    from hf_ivon import sampling
-
-    sampler = sampling.WeightSampler()
-    total = 2 * sampling._BLOCK + 1000
-    whole = sampler._noise(torch.empty(total), 0, total, (1, 2))
-    for start, count in (
-        (0, 5),
-        (sampling._BLOCK - 3, 7),
-        (sampling._BLOCK, 10),
-        (5, 2 * sampling._BLOCK),
-        (total - 1, 1),
-    ):
-        part = sampler._noise(torch.empty(count), start, total, (1, 2))
-        assert torch.equal(part, whole[start : start + count])
-    assert sampler._noise(torch.empty(0, 3), total, total, (1, 2)).shape == (0, 3)

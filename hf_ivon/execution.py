@@ -1,0 +1,236 @@
+"""How the passes of `hf_ivon.passes` are run: in pieces that stay in the cache, or compiled into one loop each."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ivon import passes
+from hf_ivon.functional import cache_sized, sample
+from hf_ivon.passes import UpdateOptions
+from hf_ivon.philox import noise_words, normal_range
+
+logger = logging.getLogger(__name__)
+
+# Columns of noise that are made at a time: their integers stay in the second-level cache.
+_COLUMNS = 2**15
+# Below this size a compiled pass costs more to call than it saves.
+MIN_COMPILED = 2**15
+# A model with fewer trainable weights is trained before the compiler is done.
+_MIN_MODEL = 2**22
+
+
+class Execution:
+    """Runs the passes as the caller chose.
+
+    Args:
+        foreach: Small tensors are worked on together, in packs; None does so.
+        fused: Passes are compiled; None does so for models of more than 4 million trainable weights.
+    """
+
+    def __init__(self, foreach: bool | None, fused: bool | None) -> None:
+        self.packs = foreach is None or foreach
+        self._fused = fused
+
+    def plan(self, num_weights: int) -> None:
+        """Settle what None means for `fused`, once the number of trainable weights is known."""
+        if self._fused is None:
+            self._fused = num_weights >= _MIN_MODEL
+
+    def _compiled(self, *tensors: Tensor) -> Compiled | None:
+        first = tensors[0]
+        if not self._fused or first.numel() < MIN_COMPILED:
+            return None
+        if not all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
+            return None
+        return compiled(first.device.type)
+
+    def sample_compiled(
+        self, theta: Tensor, mean: Tensor, hess: Tensor, words: list[int], *, ess: float, weight_decay: float
+    ) -> bool:
+        """Copy a whole tensor into `mean` and put a weight sample into it, if that can be done by a compiled pass.
+
+        Args:
+            theta: Holds the mean. Written to.
+            mean: Written to; shape of `theta`.
+            hess: Hessian estimate, shape of `theta`.
+            words: Output of `noise_words`.
+            ess: λ, number of examples.
+            weight_decay: δ, loss/param².
+
+        Returns:
+            Whether it was done; if not, nothing is changed.
+        """
+        run = None if theta.numel() % 4 else self._compiled(theta, mean, hess)
+        return run is not None and run.sample(theta, mean, hess, words, ess, weight_decay)
+
+    def sample(
+        self,
+        theta: Tensor,
+        mean: Tensor,
+        hess: Tensor,
+        words: list[int],
+        *,
+        ess: float,
+        weight_decay: float,
+        start: int = 0,
+        total: int | None = None,
+    ) -> None:
+        """Put a weight sample into a tensor.
+
+        Args:
+            theta: Holds the mean, or, in a narrower dtype, its rounded value. Written to.
+            mean: The mean, shape of `theta`.
+            hess: Hessian estimate, shape and dtype of `mean`.
+            words: Output of `noise_words`.
+            ess: λ, number of examples.
+            weight_decay: δ, loss/param².
+            start: Position of the first element in the flattened whole that this is a part of.
+            total: Number of elements of the whole; None is those of `theta`.
+        """
+        total = theta.numel() if total is None else total
+        device_words = torch.tensor(words, device=theta.device)
+        if theta.dtype == mean.dtype and theta.numel() == total and theta.is_contiguous() and hess.is_contiguous():
+            lanes = [_lanes(t) for t in (theta, mean, hess)]
+            width = -(-total // 4)
+            step = _COLUMNS if theta.device.type == "cpu" else max(width, 1)
+            for begin in range(0, width, step):
+                columns = torch.arange(begin, min(begin + step, width), device=theta.device)
+                parts = [[lane[begin : begin + step] for lane in tensor] for tensor in lanes]
+                passes.sample_lanes(*parts, columns, device_words, ess, weight_decay)
+            return
+        for part, m, h in cache_sized(theta, mean, hess):
+            noise = normal_range(start, start + m.numel(), total, device_words).to(m.dtype).view(m.shape)
+            part.copy_(sample(m, h, noise, ess=ess, weight_decay=weight_decay))
+            start += m.numel()
+
+    def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float) -> None:
+        """Run `passes.take_product` on tensors of any size."""
+        run = self._compiled(theta, mean, grad)
+        if run is not None and run.call("take_product", theta, mean, grad, factor):
+            return
+        for part in cache_sized(theta, mean, grad):
+            passes.take_product(*part, factor)
+
+    def update(
+        self,
+        mean: Tensor,
+        grad: Tensor,
+        curvature: Tensor,
+        momentum: Tensor,
+        hess: Tensor,
+        prior_mean: Tensor | None,
+        options: UpdateOptions,
+    ) -> None:
+        """Run `passes.update` on tensors of any size."""
+        tensors = [t for t in (mean, grad, curvature, momentum, hess, prior_mean) if t is not None]
+        run = self._compiled(*tensors)
+        if run is not None and run.call("update", *tensors[:5], prior_mean, *options):
+            return
+        for part in cache_sized(*tensors):
+            passes.update(*part[:5], part[5] if len(part) > 5 else None, *options)
+
+
+def _lanes(tensor: Tensor) -> list[Tensor]:
+    """Return the four lanes of a contiguous tensor, as views; the last ones are shorter if it does not divide."""
+    flat = tensor.view(-1)
+    width = -(-flat.numel() // 4)
+    return [flat[lane * width : (lane + 1) * width] for lane in range(4)]
+
+
+def _apart(tensor: Tensor) -> list[Tensor]:
+    """Return the four lanes as tensors of their own on the same memory: the compiler must not see one tensor."""
+    return [torch.from_dlpack(lane) for lane in _lanes(tensor)]
+
+
+def _sample_whole(
+    thetas: list[Tensor], means: list[Tensor], hesses: list[Tensor], words: Tensor, ess: float, weight_decay: float
+) -> None:
+    columns = torch.arange(hesses[0].shape[0], device=hesses[0].device)
+    passes.sample_lanes(thetas, means, hesses, columns, words, ess, weight_decay)
+
+
+class Compiled:
+    """The passes, compiled for one kind of device."""
+
+    def __init__(self) -> None:
+        functions = {"sample": _sample_whole, "take_product": passes.take_product, "update": passes.update}
+        self._functions: dict[str, Callable[..., None]] = {
+            name: torch.compile(function, dynamic=True, fullgraph=True) for name, function in functions.items()
+        }
+        self._failed = False
+
+    def sample(
+        self, theta: Tensor, mean: Tensor, hess: Tensor, words: list[int], ess: float, weight_decay: float
+    ) -> bool:
+        """Run the first pass on a whole tensor, whose size is a multiple of four; see `Execution.sample_compiled`."""
+        apart = [_apart(t) for t in (theta, mean, hess)]
+        device_words = torch.tensor(words, device=theta.device)
+        done = self.call("sample", *apart, device_words, ess, weight_decay)
+        if done:
+            torch.autograd.graph.increment_version(theta)
+        return done
+
+    def call(self, name: str, *args: Any) -> bool:
+        """Run a pass; returns whether it ran: after a failure to compile, none does any more."""
+        if self._failed:
+            return False
+        try:
+            self._functions[name](*args)
+        except Exception as error:  # of any kind: compilers are not part of torch
+            self._failed = True
+            _warn(error)
+            return False
+        return True
+
+
+def _warn(error: Exception) -> None:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    logger.warning(
+        "IVON's passes over the weights could not be compiled (%s). They run eagerly instead: the same numbers, more "
+        "slowly. Install a C++ compiler such as g++, or pass `fused=False` to be silent.",
+        reason,
+    )
+
+
+_lock = threading.Lock()
+
+
+def compiled(device_type: str) -> Compiled | None:
+    """Return the compiled passes, after they have been seen to do what the eager ones do; None if they do not."""
+    with _lock:
+        return _compile_and_check(device_type)
+
+
+@functools.cache
+@torch.no_grad()
+def _compile_and_check(device_type: str) -> Compiled | None:
+    """Compile the passes, and compare them with the eager ones on a few numbers."""
+    run, eager = Compiled(), Execution(foreach=False, fused=False)
+    for size in (4 * 24, 4 * 1000):
+        start = torch.linspace(0.1, 1.0, size, device=device_type)
+        words = noise_words((size,), 1)
+        expected = [start * (i + 1) for i in range(5)]
+        tensors = [t.clone() for t in expected]
+        options = UpdateOptions(100.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True)
+        expected[1].copy_(expected[0])
+        eager.sample(*expected[:3], words, ess=100.0, weight_decay=1e-3)
+        eager.take_product(*expected[:3], 1.0)
+        eager.update(*expected, None, options)
+        ran = (
+            run.sample(*tensors[:3], words, 100.0, 1e-3)
+            and run.call("take_product", *tensors[:3], 1.0)
+            and run.call("update", *tensors, None, *options)
+        )
+        if not ran:
+            return None
+        if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(tensors, expected, strict=True)):
+            _warn(ValueError("the compiled passes give other numbers than the eager ones"))
+            return None
+    return run

@@ -1,0 +1,126 @@
+"""The three passes over memory of a training step: sample, take the product with the noise, update.
+
+Each is written once, on flat tensors of one length, in place. `hf_ivon.execution` runs it piece by piece, over packs
+of small tensors, or compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hf_ivon import functional
+from hf_ivon.philox import normal_lanes
+
+
+class UpdateOptions(NamedTuple):
+    """The options of `update` for one tensor, in its order; see there."""
+
+    ess: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    debias: float
+    clip_radius: float
+    lr: float
+    divisor: float
+    price: bool
+
+
+def sample_lanes(
+    thetas: Sequence[Tensor],
+    means: Sequence[Tensor],
+    hesses: Sequence[Tensor],
+    columns: Tensor,
+    words: Tensor,
+    ess: float,
+    weight_decay: float,
+) -> None:
+    """Keep the mean and put a weight sample in its place.
+
+    Args:
+        thetas: The four lanes of a tensor that holds its mean, or the same range of columns of each: 1-D, the last
+            ones shorter, or missing, if the tensor's size is no multiple of four. Written to.
+        means: Where the mean goes; shapes of `thetas`. Written to.
+        hesses: Hessian estimates, shapes of `thetas`.
+        columns: Column numbers of the range, int64, (W,).
+        words: What the noise is a function of, see `hf_ivon.philox.normal_lanes`.
+        ess: λ, number of examples.
+        weight_decay: δ, loss/param².
+    """
+    noise = normal_lanes(columns, words)
+    for theta, mean, hess, eps in zip(thetas, means, hesses, noise, strict=False):
+        mean.copy_(theta)
+        if eps.shape != theta.shape:
+            eps = eps[: theta.shape[0]]
+        theta.copy_(functional.sample(mean, hess, eps, ess=ess, weight_decay=weight_decay))
+
+
+def take_product(theta: Tensor, mean: Tensor, grad: Tensor, factor: float) -> None:
+    """Put the mean back and keep gradient times noise where it was: what the sample was for is then known.
+
+    Args:
+        theta: The weight sample; becomes the mean.
+        mean: The mean; becomes ``grad * (theta - mean) * factor``, shape of `theta`.
+        grad: Gradient at the sample, shape of `theta`.
+        factor: Multiplies the product.
+    """
+    # The perturbation that was really applied: what rounding made of mean + noise, minus the mean.
+    product = (theta - mean).mul_(grad).mul_(factor)
+    theta.copy_(mean)
+    mean.copy_(product)
+
+
+def update(
+    mean: Tensor,
+    grad: Tensor,
+    curvature: Tensor,
+    momentum: Tensor,
+    hess: Tensor,
+    prior_mean: Tensor | None,
+    ess: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    debias: float,
+    clip_radius: float,
+    lr: float,
+    divisor: float,
+    price: bool,
+) -> None:
+    """Run lines 3 to 7 of Algorithm 1.
+
+    Args:
+        mean: Posterior mean. Written to.
+        grad: Gradient of the step, shape of `mean`.
+        curvature: Sum of gradient times noise, or of Hessian estimates; shape of `mean`.
+        momentum: Gradient average, shape of `mean`. Written to.
+        hess: Hessian estimate, shape of `mean`. Written to.
+        prior_mean: Prior mean, shape of `mean`; None is zero.
+        ess: λ, number of examples.
+        weight_decay: δ, loss/param².
+        beta1: Decay of the gradient average.
+        beta2: Decay of the Hessian average.
+        debias: Divisor of the gradient average.
+        clip_radius: ξ; inf is off.
+        lr: Learning rate, with everything that multiplies it.
+        divisor: What `curvature` is divided by.
+        price: Whether `curvature` holds gradient times noise.
+    """
+    hess_hat = curvature / divisor
+    if price:
+        hess_hat = functional.hess_hat_price(hess_hat, hess, ess=ess, weight_decay=weight_decay)
+    momentum.copy_(functional.update_momentum(momentum, grad, beta1=beta1))
+    hess.copy_(functional.update_hess(hess, hess_hat, beta2=beta2, weight_decay=weight_decay))
+    direction = functional.newton_direction(
+        mean,
+        momentum,
+        hess,
+        weight_decay=weight_decay,
+        debias=debias,
+        prior_mean=prior_mean,
+        clip_radius=clip_radius,
+    )
+    mean.sub_(direction.mul_(lr))

@@ -1,0 +1,248 @@
+"""Plain, packed and compiled passes do the same; how much memory they hold; and what happens without a compiler."""
+
+import logging
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from hf_ivon import execution, sampling
+from hf_ivon.optim import IVON
+
+COMPILED_SIZE = execution.MIN_COMPILED
+
+
+def make_params(seed=0):
+    """Tensors for each way: one that is compiled, one that is not a multiple of four, and small ones."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((COMPILED_SIZE // 64, 64), (3 * 2**13 + 1,), (10,), (), (3, 5), (1,))
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def train(params, optimizer, steps=3, contexts=1, weight=1.0):
+    """Minimize a function whose gradient depends on the weights."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        for context in range(contexts):
+            with optimizer.sampled_params(train=True, weight=weight):
+                sum(((1 + step + context) * p.square() + p.sin()).sum() for p in params).backward()
+        optimizer.step()
+
+
+def results(params, optimizer):
+    tensors = {"mean": [p.detach() for p in params]}
+    for name in ("momentum", "hess"):
+        tensors[name] = [optimizer.state[p][name] for p in params]
+    return tensors
+
+
+def run(contexts=1, weight=1.0, **options):
+    params = make_params()
+    optimizer = IVON(params, lr=0.02, ess=50.0, hess_init=0.5, beta2=0.99, weight_decay=1e-2, **options)
+    train(params, optimizer, contexts=contexts, weight=weight)
+    return results(params, optimizer)
+
+
+OPTIONS = {
+    "default": {},
+    "clip": {"clip_radius": 1e-2},
+    "prior": {"prior_mean": "init"},
+    "gradsq": {"hess_approx": "gradsq"},
+    "accumulation": {"contexts": 3},
+    "weight": {"weight": 0.25},
+}
+
+
+@pytest.mark.parametrize(
+    ("fused", "options"),
+    [pytest.param(False, options, id=f"packs-{name}") for name, options in OPTIONS.items()]
+    + [
+        # Each of the others compiles the passes once more.
+        pytest.param(True, options, id=f"compiled-{name}", marks=[pytest.mark.slow] if name != "default" else [])
+        for name, options in OPTIONS.items()
+    ],
+)
+def test_the_ways_to_run_agree(fused, options):
+    """A machine with a compiler must train the same model as one without: nobody could find such a difference."""
+    expected = run(foreach=False, fused=False, **options)
+    got = run(foreach=True, fused=fused, **options)
+    for name in expected:
+        for a, b in zip(got[name], expected[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_mean_comes_back_bit_for_bit_whatever_the_way(fused):
+    """Every sample would leave a trace in the weights."""
+    params = make_params()
+    before = [p.detach().clone() for p in params]
+    optimizer = IVON(params, lr=0.1, ess=50.0, fused=fused)
+    for kind in (True, False):
+        with optimizer.sampled_params(train=kind):
+            assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+            if kind:
+                sum(p.square().sum() for p in params).backward()
+        assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_compiled_passes_were_really_taken(caplog):
+    """Tests of the compiled way would otherwise test the eager one twice."""
+    run = execution.compiled("cpu")
+    assert run is not None
+    assert not run._failed
+    calls = []
+    original = run._functions["update"]
+    run._functions["update"] = lambda *args: (calls.append(args[0].shape), original(*args))
+    try:
+        params = make_params()
+        optimizer = IVON(params, lr=0.1, ess=50.0, fused=True)
+        train(params, optimizer, steps=1)
+    finally:
+        run._functions["update"] = original
+    assert calls == [params[0].shape]
+
+
+def test_without_a_compiler_training_goes_on_with_one_warning(monkeypatch, caplog):
+    """`python:3.11-slim` has no C++ compiler; a person there needs to know, and to train."""
+    expected = run(fused=False)
+
+    def no_compiler(*args, **kwargs):
+        def fail(*args):
+            raise RuntimeError("no working C++ compiler found\nand a long trace")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    execution._compile_and_check.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            got = run(fused=True)
+    finally:
+        execution._compile_and_check.cache_clear()
+    assert all(torch.equal(a, b) for name in expected for a, b in zip(got[name], expected[name], strict=True))
+    assert [r.message for r in caplog.records] == [
+        "IVON's passes over the weights could not be compiled (no working C++ compiler found). They run eagerly "
+        "instead: the same numbers, more slowly. Install a C++ compiler such as g++, or pass `fused=False` to be "
+        "silent."
+    ]
+
+
+def test_compiled_passes_that_are_wrong_are_not_used(monkeypatch, caplog):
+    """Compilers have bugs; silently wrong weights would be the worst of results."""
+
+    def wrong(function, **kwargs):
+        return (lambda *args: None) if function.__name__ == "take_product" else function
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    execution._compile_and_check.cache_clear()
+    try:
+        assert execution.compiled("cpu") is None
+    finally:
+        execution._compile_and_check.cache_clear()
+    assert "give other numbers than the eager ones" in caplog.text
+
+
+def held(optimizer):
+    """All tensors that the optimizer holds on to, in elements; each storage once."""
+    tensors = [t for state in optimizer.state.values() for t in state.values()]
+    tensors += list(optimizer._capture._buffers.values()) + list(optimizer._sampler.means.values())
+    tensors += [t for spare in optimizer._sampler._spare.values() for t in spare]
+    return sum({t.untyped_storage().data_ptr(): t.numel() for t in tensors}.values())
+
+
+@pytest.mark.parametrize(("contexts", "copies"), [(1, 3), (4, 4)])
+def test_memory_is_one_buffer_more_than_adam_and_one_for_accumulation(contexts, copies):
+    """A model that fits with AdamW must not fail to fit for a forgotten buffer."""
+    p = nn.Parameter(torch.ones(200, 200))
+    optimizer = IVON([p], lr=0.1, ess=50.0)
+    most = []
+    p.register_post_accumulate_grad_hook(lambda p: most.append(held(optimizer)))
+    train([p], optimizer, contexts=contexts)
+    most.append(held(optimizer))
+    assert max(most) == copies * p.numel() + 1  # one for the number of steps
+
+
+def test_gradients_clipped_inside_the_block_are_noticed_and_then_kept_out_of_the_hessian(caplog):
+    """Clipped gradients bias the Hessian; the first step shows it, and the next ones must not have it."""
+    p = nn.Parameter(torch.ones(30_000))
+    optimizer = IVON([p], lr=0.1, ess=50.0, beta2=0.5)
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            optimizer.zero_grad()
+            with optimizer.sampled_params(train=True):
+                p.square().sum().backward()
+                theta, grad = p.detach().clone(), p.grad.clone()
+                p.grad.mul_(0.1)
+            product = grad * (theta - p.detach())
+            torch.testing.assert_close(optimizer._capture.curvature(p)[0], product * (0.1 if step == 0 else 1.0))
+            optimizer.step()
+    assert [r.message for r in caplog.records if "changed inside" in r.message] == [caplog.records[0].message]
+
+
+def test_an_interrupt_between_mean_and_product_waits():
+    """Ctrl-C while the weights are half put back must leave them whole."""
+    params = make_params()
+    before = [p.detach().clone() for p in params]
+    optimizer = IVON(params, lr=0.1, ess=50.0)
+    original = optimizer._execution.take_product
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        original(*args)
+
+    optimizer._execution.take_product = interrupted
+    with pytest.raises(KeyboardInterrupt), optimizer.sampled_params(train=True):
+        sum(p.square().sum() for p in params).backward()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupts_are_not_touched_outside_of_the_main_thread():
+    """Handlers can only be set in the main thread; elsewhere that would raise."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def inside():
+        with sampling.interrupts_deferred():
+            return "fine"
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(inside).result() == "fine"
+
+
+def test_packs_follow_parameters_that_move():
+    """`p.data = ...` (a model moved, or loaded) gave the parameter another memory; samples must go there."""
+    params = make_params()
+    optimizer = IVON(params, lr=0.1, ess=50.0)
+    train(params, optimizer, steps=1)
+    small = params[2]
+    small.data = small.detach().clone()
+    before = small.detach().clone()
+    with optimizer.sampled_params():
+        assert not torch.equal(small, before)
+    assert torch.equal(small, before)
+
+
+def test_what_a_frozen_parameter_leaves_of_a_pack_is_trained():
+    """Freezing a layer in the middle of training is common; its neighbours in the pack must go on."""
+    params = make_params()
+    optimizer = IVON(params, lr=0.1, ess=50.0)
+    train(params, optimizer, steps=1)
+    params[2].requires_grad_(False)
+    optimizer.zero_grad()
+    frozen, other = params[2].detach().clone(), params[4].detach().clone()
+    train([p for p in params if p.requires_grad], optimizer, steps=1)
+    assert torch.equal(params[2], frozen)
+    assert not torch.equal(params[4], other)
+
+
+def test_a_parameter_of_a_pack_without_gradient_keeps_its_mean():
+    """A branch that a batch does not use has no gradient; its neighbours' products must not be lost with it."""
+    params = make_params()
+    optimizer = IVON(params, lr=0.1, ess=50.0, beta2=0.5)
+    reference = make_params()
+    plain = IVON(reference, lr=0.1, ess=50.0, beta2=0.5, foreach=False)
+    for some, opt in ((params, optimizer), (reference, plain)):
+        train(some[:3], opt, steps=1)
+    for p, q in zip(params, reference, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
