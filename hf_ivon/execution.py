@@ -25,6 +25,9 @@ MIN_COMPILED = 2**15
 # A model with fewer trainable weights is trained before the compiler is done.
 _MIN_MODEL = 2**22
 
+# The four lanes of a parameter, of its mean and of its Hessian.
+Lanes = tuple[list[Tensor], ...]
+
 
 class Execution:
     """Runs the passes as the caller chose.
@@ -51,15 +54,25 @@ class Execution:
             return None
         return compiled(first.device.type)
 
+    def lanes_apart(self, theta: Tensor, mean: Tensor, hess: Tensor) -> Lanes | None:
+        """Return what `sample_compiled` works on; None if the tensors are not for a compiled pass.
+
+        Args:
+            theta: A whole parameter.
+            mean: A buffer, shape of `theta`.
+            hess: Hessian estimate, shape of `theta`.
+        """
+        tensors = (theta, mean, hess)
+        return None if theta.numel() % 4 or self._compiled(*tensors) is None else tuple(_apart(t) for t in tensors)
+
     def sample_compiled(
-        self, theta: Tensor, mean: Tensor, hess: Tensor, words: list[int], *, ess: float, weight_decay: float
+        self, theta: Tensor, lanes: Lanes, words: list[int], *, ess: float, weight_decay: float
     ) -> bool:
-        """Copy a whole tensor into `mean` and put a weight sample into it, if that can be done by a compiled pass.
+        """Copy a whole tensor into its buffer and put a weight sample into it, by a compiled pass.
 
         Args:
             theta: Holds the mean. Written to.
-            mean: Written to; shape of `theta`.
-            hess: Hessian estimate, shape of `theta`.
+            lanes: Output of `lanes_apart`.
             words: Output of `noise_words`.
             ess: λ, number of examples.
             weight_decay: δ, loss/param².
@@ -67,8 +80,8 @@ class Execution:
         Returns:
             Whether it was done; if not, nothing is changed.
         """
-        run = None if theta.numel() % 4 else self._compiled(theta, mean, hess)
-        return run is not None and run.sample(theta, mean, hess, words, ess, weight_decay)
+        run = compiled(theta.device.type)
+        return run is not None and run.sample(theta, lanes, words, ess, weight_decay)
 
     def sample(
         self,
@@ -166,13 +179,9 @@ class Compiled:
         }
         self._failed = False
 
-    def sample(
-        self, theta: Tensor, mean: Tensor, hess: Tensor, words: list[int], ess: float, weight_decay: float
-    ) -> bool:
+    def sample(self, theta: Tensor, lanes: Lanes, words: list[int], ess: float, weight_decay: float) -> bool:
         """Run the first pass on a whole tensor, whose size is a multiple of four; see `Execution.sample_compiled`."""
-        apart = [_apart(t) for t in (theta, mean, hess)]
-        device_words = torch.tensor(words, device=theta.device)
-        done = self.call("sample", *apart, device_words, ess, weight_decay)
+        done = self.call("sample", *lanes, torch.tensor(words, device=theta.device), ess, weight_decay)
         if done:
             torch.autograd.graph.increment_version(theta)
         return done
@@ -224,7 +233,7 @@ def _compile_and_check(device_type: str) -> Compiled | None:
         eager.take_product(*expected[:3], 1.0)
         eager.update(*expected, None, options)
         ran = (
-            run.sample(*tensors[:3], words, 100.0, 1e-3)
+            run.sample(tensors[0], tuple(_apart(t) for t in tensors[:3]), words, 100.0, 1e-3)
             and run.call("take_product", *tensors[:3], 1.0)
             and run.call("update", *tensors, None, *options)
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_ivon import distributed
-from hf_ivon.execution import Execution
+from hf_ivon.execution import Execution, Lanes
 from hf_ivon.functional import sample
 from hf_ivon.packs import Pack, packable
 from hf_ivon.philox import noise_words
@@ -78,6 +78,7 @@ class WeightSampler:
         self._sampled_packs: list[Pack] = []
         self._spare: dict[Tensor, list[Tensor]] = {}
         self._borrowed: set[Tensor] = set()
+        self._lanes: dict[Tensor, tuple[tuple[int, ...], Lanes]] = {}
 
     @torch.no_grad()
     def perturb(self, draws: Sequence[Draw]) -> None:
@@ -105,13 +106,25 @@ class WeightSampler:
         else:
             mean = self.borrow(p)
             self._borrowed.add(p)
-            if self._execution.sample_compiled(weights, mean, hess, words, **options):
+            lanes = self._lanes_apart(p, weights, mean, hess)
+            if lanes is not None and self._execution.sample_compiled(weights, lanes, words, **options):
                 self.means[p] = mean
                 return
             mean.copy_(weights)
         self.means[p] = mean
         start = distributed.shard_start(p)
         self._execution.sample(weights, mean, hess, words, start=start, total=p.numel(), **options)
+
+    def _lanes_apart(self, p: Tensor, *tensors: Tensor) -> Lanes | None:
+        """Return what a compiled pass works on, kept from call to call while the tensors stay where they are."""
+        pointers = tuple(t.data_ptr() for t in tensors)
+        kept = self._lanes.get(p)
+        if kept is None or kept[0] != pointers:
+            lanes = self._execution.lanes_apart(*tensors)
+            if lanes is None:
+                return None
+            kept = self._lanes[p] = (pointers, lanes)
+        return kept[1]
 
     def _perturb_pack(self, draws: Sequence[Draw]) -> None:
         """Sample small parameters of one group together."""
