@@ -1,13 +1,10 @@
-"""Predictions averaged over the posterior: one pass over the data per weight sample, memory of a single one.
-
-Sample number i of a seed is the same draw however many samples are asked for, whatever the batches are.
-"""
+"""Predictions averaged over the posterior: one pass over the data per weight sample, memory of a single one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from hf_ivon.mixture import Mixture
+from hf_ivon.data import is_language_model
+from hf_ivon.draws import check_samples, weight_samples
 from hf_ivon.posterior import unwrap
-from hf_ivon.sampling import generator_seed
 
 if TYPE_CHECKING:
+    from hf_ivon.mixture import Mixture
     from hf_ivon.posterior import Posterior
 
     Batches = DataLoader | Iterable[Mapping[str, Any]]
@@ -29,7 +27,7 @@ _IGNORED = -100  # the label of tokens that the loss leaves out, as in Transform
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model predicts on average over its posterior. Rows are examples, in the order of the data.
+    """What a model predicts on average over its posterior. Rows are examples, or tokens, in the order of the data.
 
     Args:
         num_samples: Number of weight samples that were averaged; 0 is a prediction at the mean.
@@ -80,15 +78,18 @@ def posterior_predict(
     tolerance: float = 0.0,
     seed: int = 0,
     device: torch.device | str | None = None,
+    progress: bool = False,
 ) -> Prediction:
     r"""Predict with weights drawn from the posterior, :math:`\frac1S \sum_s p(y | x, \theta_s)`.
 
-    A model with one output is a regression, any other a classification with one label an example. The model is
-    evaluated without dropout; afterwards its weights are the mean again, bit for bit, and its modes what they were.
+    A model with one output is a regression, any other a classification with one label an example, or one label a
+    token: then the rows of the result are the tokens whose label is not -100, or, where the data has no labels, the
+    tokens that are not masked. The model is evaluated without dropout; afterwards its weights are the mean again, bit
+    for bit, and its modes what they were.
 
     Args:
-        model: Gives logits of shape (batch, classes) or (batch, 1), as a tensor, the first of a tuple, or under
-            `logits`.
+        model: Gives logits of shape (batch, classes), (batch, tokens, classes) or (batch, 1), as a tensor, the first
+            of a tuple, or under `logits`.
         posterior: The posterior that belongs to the model, or a mixture; may be None when `num_samples` is 0.
         data: Batches, each a mapping of the model's arguments; `labels` are kept back from the model. It is read
             once per weight sample, and has to give the same examples in the same order each time.
@@ -97,6 +98,7 @@ def posterior_predict(
             probabilities the total variation, of numbers the distance, averaged over the examples. 0 takes all.
         seed: Chooses the weight samples.
         device: Where the batches go; None is the device of the model's first parameter.
+        progress: Show a bar for each pass over the data.
 
     Returns:
         The averaged prediction, on the CPU; its `num_samples` says how many were taken.
@@ -119,7 +121,8 @@ def posterior_predict(
         raise ValueError(f"`tolerance` must be at least 0, got {tolerance!r}. 0 takes all samples, 1e-3 is fine.")
     mean = spread = entropy = votes = torch.zeros((), dtype=torch.float64)
     labels, taken, small = None, 0, 0
-    passes = _passes(model, posterior, data, _outputs, num_samples=num_samples, seed=seed, device=device)
+    settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "device": device, "progress": progress}
+    passes = _passes(model, posterior, data, _outputs, **settings)
     for count, (rows, given) in enumerate(passes, start=1):
         labels, regression = given, rows.shape[1] == 1
         if problem == "regression" and not regression:
@@ -159,6 +162,7 @@ def posterior_perplexity(
     num_samples: int,
     seed: int = 0,
     device: torch.device | str | None = None,
+    progress: bool = False,
 ) -> dict[str, float]:
     r"""Return a causal language model's perplexity, every token's probability averaged over the posterior.
 
@@ -174,6 +178,7 @@ def posterior_perplexity(
         num_samples: Number of weight samples; 0 predicts at the mean.
         seed: Chooses the weight samples.
         device: Where the batches go; None is the device of the model's first parameter.
+        progress: Show a bar for each pass over the data.
 
     Returns:
         `perplexity`; `nll`, its logarithm, nats per token; `num_tokens`, the number T of predicted tokens.
@@ -184,8 +189,8 @@ def posterior_perplexity(
             predict, or the logits do not fit the labels.
     """
     total = torch.full((), -math.inf, dtype=torch.float64)
-    read = _token_log_probabilities
-    for rows, _ in _passes(model, posterior, data, read, num_samples=num_samples, seed=seed, device=device):
+    settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "device": device, "progress": progress}
+    for rows, _ in _passes(model, posterior, data, _token_log_probabilities, **settings):
         total = torch.logaddexp(total, rows)
     if not total.numel():
         raise ValueError(
@@ -205,21 +210,18 @@ def _passes(
     num_samples: int,
     seed: int,
     device: torch.device | str | None,
+    progress: bool,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield values and labels of the whole data set, once per weight sample; in between the model is at the mean."""
-    _check_arguments(posterior, data, num_samples, seed)
+    check_samples(posterior, num_samples, seed)
+    _check_data(data)
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     first = None
-    order = posterior.allocation(num_samples) if isinstance(posterior, Mixture) else []
-    for index in range(max(num_samples, 1)):
-        weights: AbstractContextManager = nullcontext()
-        if num_samples and posterior is not None:
-            # Every component of a mixture has its share of the samples, rather than what chance gives it.
-            which = {"component": order[index]} if order else {}
-            weights = posterior.sampled(model, generator=_generator(seed, index), **which)
+    for index, weights in enumerate(weight_samples(model, posterior, num_samples=num_samples, seed=seed)):
         with torch.no_grad(), evaluation_mode(model), weights:
-            parts = [read(model, _on_device(batch, device)) for batch in data]
+            shown = _shown(data, f"weight sample {index + 1} of {num_samples}" if num_samples else "mean", progress)
+            parts = [read(model, _on_device(batch, device)) for batch in shown]
         if not parts:
             raise ValueError("`data` must have at least one batch, got none. Check the data set and its filters.")
         rows = torch.cat([values for values, _ in parts])
@@ -244,15 +246,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
 
 
-def _check_arguments(posterior: Posterior | Mixture | None, data: Batches, num_samples: int, seed: int) -> None:
-    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 0:
-        raise ValueError(
-            f"`num_samples` must be an integer of at least 0, got {num_samples!r}. 0 is the mean, 16 is usual."
-        )
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise ValueError(f"`seed` must be an integer in [0, 2**63), got {seed!r}. Pass a non-negative integer.")
-    if posterior is None and num_samples:
-        raise ValueError(f"`posterior` must be given for {num_samples} weight samples. Pass 0 to predict at the mean.")
+def _check_data(data: Batches) -> None:
     if iter(data) is data:
         raise ValueError(
             f"`data` must be readable once per weight sample, got {type(data).__name__}, which is used up after one. "
@@ -266,9 +260,13 @@ def _check_arguments(posterior: Posterior | Mixture | None, data: Batches, num_s
         )
 
 
-def _generator(seed: int, index: int) -> torch.Generator:
-    """Return the source of weight sample number `index`; hashed, so that neighbouring seeds share no sample."""
-    return torch.Generator().manual_seed(generator_seed(seed, index))
+def _shown(data: Batches, title: str, progress: bool) -> Batches:
+    """Return the batches, with a bar of progress if one is wanted."""
+    if not progress:
+        return data
+    from tqdm.auto import tqdm
+
+    return tqdm(data, desc=title, unit="batch", leave=False)
 
 
 @contextmanager
@@ -301,16 +299,33 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _outputs(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Return the outputs, (batch, classes or 1), fp64 on the CPU, and the labels, (batch,)."""
+    """Return the outputs, (rows, classes or 1), fp64 on the CPU, and their labels, (rows,)."""
     labels = batch.pop("labels", None)
     logits = logits_of(model, batch)
     logits = logits[:, None] if logits.ndim == 1 else logits
+    if logits.ndim == 3 and not is_language_model(unwrap(model)):
+        logits, labels = _kept_tokens(logits, labels, batch.get("attention_mask"))
     if logits.ndim != 2:
         raise ValueError(
-            f"`model` must give logits of shape (batch, classes), got {tuple(logits.shape)}. For a language model use "
-            f"`posterior_perplexity`."
+            f"`model` must give logits of shape (batch, classes) or, to classify tokens, (batch, tokens, classes), "
+            f"got {tuple(logits.shape)}. For a language model use `posterior_perplexity`."
         )
     return logits.cpu().double(), None if labels is None else labels.reshape(-1).cpu()
+
+
+def _kept_tokens(logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the rows of the tokens that have a label, or without labels of those that are not padding."""
+    shape = logits.shape[:2]
+    if labels is not None and labels.shape != shape:
+        raise ValueError(
+            f"`labels` must be one per token, of shape {tuple(shape)}, got {tuple(labels.shape)}. Label tokens that "
+            f"do not count {_IGNORED}."
+        )
+    if labels is not None:
+        kept = labels.to(logits.device) != _IGNORED
+    else:
+        kept = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+    return logits[kept.to(logits.device)], None if labels is None else labels[kept.to(labels.device)]
 
 
 def _token_log_probabilities(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

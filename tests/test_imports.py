@@ -15,6 +15,7 @@ LIGHT = [
     "predict",
     "merge",
     "convert",
+    "draws",
     "curvature",
     "data",
     "hub",

@@ -5,8 +5,8 @@ import torch
 from transformers import BertForSequenceClassification
 
 from hf_ivon import Mixture, posterior_predict
+from hf_ivon.draws import sample_generator
 from hf_ivon.posterior import Posterior
-from hf_ivon.predict import _generator
 from tests import tiny
 from tests.test_merge import posterior_of, save
 
@@ -47,7 +47,7 @@ def test_multi_ivon_samples_each_posterior(tmp_path):
     expected = []
     for index, which in enumerate(mixture.allocation(4)):
         model = models[which]
-        with mixture.posteriors[which].sampled(model, generator=_generator(3, index)), torch.no_grad():
+        with mixture.posteriors[which].sampled(model, generator=sample_generator(3, index)), torch.no_grad():
             expected.append(model.eval()(**inputs()[0]).logits.double().softmax(1))
     torch.testing.assert_close(found.probabilities, sum(expected) / 4)
 

@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_ivon.checkpoint import load_posterior
+from hf_ivon.draws import sample_generator
 from hf_ivon.optim import IVON
 from hf_ivon.posterior import Posterior, posterior_keys
 from hf_ivon.posterior_config import PosteriorConfig
-from hf_ivon.predict import _generator, posterior_predict
+from hf_ivon.predict import posterior_predict
 
 
 class Linear(nn.Module):
@@ -55,7 +56,7 @@ def test_uncertainty_is_taken_apart():
     found = posterior_predict(model, posterior, batches(x), num_samples=9, seed=5)
     draws = []
     for index in range(9):
-        weights = posterior.sample(dict(model.named_parameters()), generator=_generator(5, index))
+        weights = posterior.sample(dict(model.named_parameters()), generator=sample_generator(5, index))
         draws.append((x @ weights["linear.weight"].T + weights["linear.bias"]).double().softmax(1))
     p = torch.stack(draws)
     entropy = -(p * p.log()).sum(-1)
@@ -116,7 +117,7 @@ def same(a, b):
 
 def drawn(posterior, model, num_samples, seed):
     """The weight samples of a seed, side by side."""
-    return [posterior.sample(posterior_keys(model), _generator(seed, index)) for index in range(num_samples)]
+    return [posterior.sample(posterior_keys(model), sample_generator(seed, index)) for index in range(num_samples)]
 
 
 # Exact cases
@@ -367,7 +368,7 @@ PAIRS = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
         (Shuffled(batches(X, size=6) + batches(X[:5], Y[:5])), {"num_samples": 1}, ValueError, "5 labels for 11 ex"),
         (batches(X, torch.ones(6, 3)), {"num_samples": 1}, ValueError, "18 labels for 6 examples"),
         ([X], {"num_samples": 1}, TypeError, "must be a mapping of the model's arguments, got Tensor"),
-        ([{"x": X[:, None]}], {"num_samples": 0}, ValueError, r"shape \(batch, classes\), got \(6, 1, 3\)"),
+        ([{"x": X[:, None, None]}], {"num_samples": 0}, ValueError, r"\(batch, tokens, classes\), got \(6, 1, 1, 3\)"),
     ],
 )
 def test_bad_arguments_are_named(data, options, error, message):

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_ivon.draws import sample_generator
 from hf_ivon.posterior import Posterior, posterior_keys
 from hf_ivon.posterior_config import PosteriorConfig
-from hf_ivon.predict import _generator, posterior_perplexity
+from hf_ivon.predict import posterior_perplexity
 
 
 def posterior_of(model):
@@ -70,7 +71,7 @@ def test_perplexity_averages_probabilities_of_tokens():
     kept, target = labels[:, 1:] != -100, labels[:, 1:]
     probabilities = []
     for index in range(6):
-        draw = posterior.sample(posterior_keys(model), _generator(4, index))
+        draw = posterior.sample(posterior_keys(model), sample_generator(4, index))
         sample = copy.deepcopy(model).eval()
         sample.load_state_dict(draw | {"lm_head.weight": draw["transformer.wte.weight"]})
         with torch.no_grad():

@@ -5,12 +5,15 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
 
 from hf_ivon import IVONTrainingArguments
+from hf_ivon.posterior import Posterior, mean_digest, posterior_keys
+from hf_ivon.posterior_config import PosteriorConfig
 
 VOCABULARY = 29
 LENGTH = 8
@@ -78,3 +81,22 @@ def save_gpt2(directory, sentences, n_positions):
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return tokenizer
+
+
+def tagger(num_labels=4, seed=1, **config):
+    """A classifier of tokens."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {"intermediate_size": 32, "max_position_embeddings": 2 * LENGTH, "num_labels": num_labels}
+    return BertForTokenClassification(BertConfig(**sizes, **more, **config)).eval()
+
+
+def posterior_of(model, std=0.1):
+    """A posterior of random widths around `std` over all of a model's weights."""
+    generator = torch.Generator().manual_seed(7)
+    variance = {
+        name: (std * (0.5 + torch.rand(p.shape, generator=generator))) ** 2
+        for name, p in posterior_keys(model).items()
+    }
+    digest = mean_digest(posterior_keys(model))
+    return Posterior(variance, PosteriorConfig(1.0, 0.0, 1.0, None, None, 1, (0.9, 0.99), "ivon-price", digest))

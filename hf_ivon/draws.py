@@ -1,0 +1,79 @@
+"""The weight samples of a prediction: in a fixed order, one at a time in the model, one user of the model at a time.
+
+Sample number i of a seed is the same draw however many samples are asked for, and whatever they are used for.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hf_ivon.mixture import Mixture
+from hf_ivon.posterior import unwrap
+from hf_ivon.sampling import generator_seed
+
+if TYPE_CHECKING:
+    from hf_ivon.posterior import Posterior
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
+
+
+def check_samples(posterior: Posterior | Mixture | None, num_samples: int, seed: int) -> None:
+    """Check what every averaged prediction is asked with.
+
+    Args:
+        posterior: The posterior; needed unless `num_samples` is 0.
+        num_samples: Number of weight samples.
+        seed: Chooses them.
+
+    Raises:
+        ValueError: If a number is not a whole one in its range, or the posterior is missing.
+    """
+    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 0:
+        raise ValueError(
+            f"`num_samples` must be an integer of at least 0, got {num_samples!r}. 0 is the mean, 16 is usual."
+        )
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` must be an integer in [0, 2**63), got {seed!r}. Pass a non-negative integer.")
+    if posterior is None and num_samples:
+        raise ValueError(f"`posterior` must be given for {num_samples} weight samples. Pass 0 to predict at the mean.")
+
+
+def sample_generator(seed: int, index: int) -> torch.Generator:
+    """Return the source of weight sample number `index`; hashed, so that neighbouring seeds share no sample."""
+    return torch.Generator().manual_seed(generator_seed(seed, index))
+
+
+def weight_samples(
+    model: nn.Module, posterior: Posterior | Mixture | None, *, num_samples: int, seed: int
+) -> Iterator[AbstractContextManager[Any]]:
+    """Yield contexts, in each of which the model holds one weight sample; in between it holds its mean.
+
+    Args:
+        model: The model.
+        posterior: Its posterior, or a mixture, whose components all have their share of the samples.
+        num_samples: Number of weight samples; with 0 there is one context, at the mean.
+        seed: Chooses the weight samples.
+
+    Yields:
+        Contexts to be entered once, in order.
+    """
+    if posterior is None or not num_samples:
+        yield nullcontext()
+        return
+    order = posterior.allocation(num_samples) if isinstance(posterior, Mixture) else []
+    for index in range(num_samples):
+        # Every component of a mixture has its share of the samples, rather than what chance gives it.
+        which = {"component": order[index]} if order else {}
+        yield posterior.sampled(model, generator=sample_generator(seed, index), **which)
+
+
+def weights_lock(model: nn.Module) -> threading.Lock:
+    """Return the lock of a model, which whoever puts weight samples into it from several threads holds meanwhile."""
+    return _LOCKS.setdefault(unwrap(model), threading.Lock())
