@@ -1,7 +1,7 @@
 """Variational learning with IVON for Hugging Face Transformers.
 
 The names below are loaded on first use, so that ``import hf_ivon`` stays light: the optimizer, the posterior and the
-merge rules need torch and safetensors only; the Trainer brings Transformers.
+merge rules need torch and safetensors only; the Trainer, generation and pipelines bring Transformers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ _HOME = {
     "PosteriorConfig": "posterior_config",
     "PosteriorFormatError": "checkpoint",
     "load_posterior": "checkpoint",
+    "minimum_bayes_risk": "generation",
+    "posterior_generate": "generation",
     "posterior_perplexity": "predict",
     "posterior_predict": "predict",
+    "sample_generations": "generation",
     "save_posterior": "checkpoint",
 }
 
@@ -38,14 +41,18 @@ __all__ = [
     "__version__",
     "load_posterior",
     "merge",
+    "minimum_bayes_risk",
+    "posterior_generate",
     "posterior_perplexity",
     "posterior_predict",
+    "sample_generations",
     "save_posterior",
 ]
 
 if TYPE_CHECKING:
     from hf_ivon import merge as merge
     from hf_ivon.checkpoint import PosteriorFormatError, load_posterior, save_posterior
+    from hf_ivon.generation import minimum_bayes_risk, posterior_generate, sample_generations
     from hf_ivon.mixture import Mixture
     from hf_ivon.optim import IVON
     from hf_ivon.posterior import Posterior

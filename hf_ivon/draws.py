@@ -75,5 +75,13 @@ def weight_samples(
 
 
 def weights_lock(model: nn.Module) -> threading.Lock:
-    """Return the lock of a model, which whoever puts weight samples into it from several threads holds meanwhile."""
-    return _LOCKS.setdefault(unwrap(model), threading.Lock())
+    """Return the lock of a model, which whoever puts weight samples into it from several threads holds meanwhile.
+
+    Args:
+        model: The model; wrappers, and adapters of PEFT on one base, share a lock.
+
+    Returns:
+        The same lock for the same model; it cannot be taken twice by one thread.
+    """
+    inner: Any = unwrap(model)
+    return _LOCKS.setdefault(inner.get_base_model() if hasattr(inner, "get_base_model") else inner, threading.Lock())
