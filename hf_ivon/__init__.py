@@ -22,6 +22,7 @@ _HOME = {
     "PosteriorFormatError": "checkpoint",
     "load_posterior": "checkpoint",
     "minimum_bayes_risk": "generation",
+    "pipeline": "pipelines",
     "posterior_generate": "generation",
     "posterior_perplexity": "predict",
     "posterior_predict": "predict",
@@ -42,6 +43,7 @@ __all__ = [
     "load_posterior",
     "merge",
     "minimum_bayes_risk",
+    "pipeline",
     "posterior_generate",
     "posterior_perplexity",
     "posterior_predict",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from hf_ivon.generation import minimum_bayes_risk, posterior_generate, sample_generations
     from hf_ivon.mixture import Mixture
     from hf_ivon.optim import IVON
+    from hf_ivon.pipelines import pipeline
     from hf_ivon.posterior import Posterior
     from hf_ivon.posterior_config import PosteriorConfig
     from hf_ivon.predict import posterior_perplexity, posterior_predict

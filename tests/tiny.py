@@ -1,7 +1,11 @@
 """Tiny models and data sets, built from configurations: nothing is downloaded."""
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.decoders import WordPiece as WordPieceDecoder
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -100,3 +104,21 @@ def posterior_of(model, std=0.1):
     }
     digest = mean_digest(posterior_keys(model))
     return Posterior(variance, PosteriorConfig(1.0, 0.0, 1.0, None, None, 1, (0.9, 0.99), "ivon-price", digest))
+
+
+def tokenizer():
+    """Words in pieces, as BERT has them: "colder" is "cold" and "##er". It knows as many tokens as the models."""
+    words = (
+        "the a was is film tea cold warm good bad in rome alice bob went to and very not . ##er ##est ##s ##ly".split()
+    )
+    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    assert len(vocabulary) <= VOCABULARY
+    pieces = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    pieces.pre_tokenizer = BertPreTokenizer()
+    pieces.decoder = WordPieceDecoder()
+    ends = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    pieces.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, model_max_length=LENGTH, **special)
