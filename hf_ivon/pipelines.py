@@ -16,20 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 from transformers.pipelines.token_classification import AggregationStrategy
 from transformers.utils import ModelOutput
 
+from hf_ivon.averaging import MEASURES, ScoreAverage
 from hf_ivon.draws import check_samples, weight_samples, weights_lock
 from hf_ivon.mixture import Mixture
 from hf_ivon.posterior import Posterior
 from hf_ivon.predict import evaluation_mode
 
-_MEASURES = {
-    "softmax": ("entropy", "mutual_information"),
-    "sigmoid": ("entropy", "mutual_information"),
-    "none": ("variance",),
-}
 _WINDOW = 256  # batches of an endless stream that share one round of weight samples
 
 
@@ -116,50 +111,6 @@ def _read_posterior(place: str, model: Any, kwargs: dict[str, Any]) -> Posterior
     return Posterior.from_pretrained(place, model if as_saved else None, **where)
 
 
-class _Average:
-    """What the weight samples give for one batch, on average."""
-
-    def __init__(self, function: str) -> None:
-        self.function, self.count = function, 0
-        self.mean = self.entropy = self.spread = torch.zeros((), dtype=torch.float64)
-        self.others: dict[str, Any] = {}  # what a tagger's forward pass hands on beside the logits
-
-    def add(self, outputs: Any) -> None:
-        """Add the outputs of one weight sample."""
-        self.others = {} if isinstance(outputs, ModelOutput) else dict(outputs)
-        self.logits = outputs["logits"]
-        values = self.logits.double()
-        if self.function == "softmax":
-            values = values.softmax(dim=-1)
-        elif self.function == "sigmoid":
-            values = values.sigmoid()
-        self.count += 1
-        change = values - self.mean
-        self.mean = self.mean + change / self.count
-        self.spread = self.spread + change * (values - self.mean)
-        if self.function != "none":
-            self.entropy = self.entropy + (self._entropy(values) - self.entropy) / self.count
-
-    def _entropy(self, p: Tensor) -> Tensor:
-        if self.function == "softmax":
-            return torch.special.entr(p).sum(dim=-1)
-        return torch.special.entr(p) + torch.special.entr(1 - p)
-
-    def outputs(self, at_mean: bool) -> dict[str, Any]:
-        """Return the logits whose scores are the averaged ones, and the uncertainties."""
-        if at_mean:
-            logits = self.logits  # as they are, to the last bit
-        elif self.function == "none":
-            logits = self.mean
-        else:
-            logits = self.mean.log() if self.function == "softmax" else self.mean.logit()
-        if self.function == "none":
-            return {**self.others, "logits": logits, "variance": self.spread / self.count}
-        entropy = self._entropy(self.mean)
-        information = (entropy - self.entropy).clamp_min(0.0)
-        return {**self.others, "logits": logits, "entropy": entropy, "mutual_information": information}
-
-
 class _AveragedBatches:
     """Stands in a pipeline for the loader of its batches, and gives outputs instead."""
 
@@ -187,7 +138,7 @@ class _PosteriorPipeline:
     def check(self) -> None:
         """Check the settings, which may have been changed."""
         check_samples(self.posterior, self.num_samples, self.seed)
-        known = sorted({name for names in _MEASURES.values() for name in names})
+        known = sorted({name for names in MEASURES.values() for name in names})
         if self.abstain_by not in known:
             raise ValueError(f"`abstain_by` must be one of {', '.join(known)}, got {self.abstain_by!r}. Choose one.")
         if self.abstain_above is None:
@@ -225,19 +176,25 @@ class _PosteriorPipeline:
         """Return outputs for each batch, averaged over weight samples."""
         self.check()
         function = self.function(postprocess_params)
-        if self.abstain_above is not None and self.abstain_by not in _MEASURES[function]:
+        if self.abstain_above is not None and self.abstain_by not in MEASURES[function]:
             raise ValueError(
-                f"`abstain_by` must be one of {', '.join(_MEASURES[function])} for scores by the function "
+                f"`abstain_by` must be one of {', '.join(MEASURES[function])} for scores by the function "
                 f"{function!r}, got {self.abstain_by!r}. Choose one of them."
             )
-        averages = [_Average(function) for _ in batches]
+        averages = [ScoreAverage(function) for _ in batches]
+        others: list[dict[str, Any]] = [{} for _ in batches]  # what a tagger hands on beside the logits
         samples = weight_samples(self.model, self.posterior, num_samples=self.num_samples, seed=self.seed)
         with weights_lock(self.model), evaluation_mode(self.model):
             for weights in samples:
                 with weights:
-                    for batch, average in zip(batches, averages, strict=True):
-                        average.add(self.forward(batch, **forward_params))
-        return [average.outputs(at_mean=not self.num_samples) for average in averages]
+                    for i, batch in enumerate(batches):
+                        outputs = self.forward(batch, **forward_params)
+                        averages[i].add(outputs["logits"])
+                        others[i] = {} if isinstance(outputs, ModelOutput) else dict(outputs)
+        return [
+            {**rest, "logits": average.logits(), **average.uncertainties()}
+            for rest, average in zip(others, averages, strict=True)
+        ]
 
     def function(self, postprocess_params: dict[str, Any]) -> str:
         """Return what makes scores of logits: "softmax", "sigmoid" or "none", by the rule of the pipelines."""
@@ -271,7 +228,7 @@ class _Classification(_PosteriorPipeline):
         function = self.function(params)
         result = super().postprocess(model_outputs, **{**params, "function_to_apply": function})
         index = {label: i for i, label in self.model.config.id2label.items()}
-        found = {name: model_outputs[name][0] for name in _MEASURES[function]}
+        found = {name: model_outputs[name][0] for name in MEASURES[function]}
         for row in result if isinstance(result, list) else [result]:
             label = index[row["label"]]
             self.judge(row, "label", {k: float(v[label] if v.ndim else v) for k, v in found.items()})
@@ -295,7 +252,7 @@ class _TokenClassification(_PosteriorPipeline, transformers.TokenClassificationP
         self, all_outputs: list[dict[str, Any]], aggregation_strategy: Any = AggregationStrategy.NONE, **params: Any
     ) -> Any:
         """Return the base class's tokens or groups of tokens with uncertainties."""
-        names = _MEASURES["softmax"]
+        names = MEASURES["softmax"]
         tokens = [token for outputs in all_outputs for token in self._tokens(all_outputs[0], outputs, names)]
         entities = super().postprocess(all_outputs, aggregation_strategy=aggregation_strategy, **params)
         for entity in entities:

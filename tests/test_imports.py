@@ -10,6 +10,7 @@ import hf_ivon
 LIGHT = [
     "optim",
     "posterior",
+    "averaging",
     "checkpoint",
     "metrics",
     "predict",

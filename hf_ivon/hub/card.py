@@ -140,7 +140,7 @@ def _describe_model(directory: Path) -> dict[str, Any]:
     if adapter:
         ending = _ADAPTERS.get(adapter.get("task_type") or "")
         found |= {"library": "peft", "model_class": f"AutoPeftModel{ending}" if ending else None}
-        found["num_labels"] = labels_of_adapter(directory) if ending.endswith("Classification") else None
+        found["num_labels"] = labels_of_adapter(directory) if (ending or "").endswith("Classification") else None
     else:
         name = next(iter(config.get("architectures") or []), None)
         found["model_class"] = None if "auto_map" in config else name

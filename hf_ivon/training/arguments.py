@@ -104,6 +104,10 @@ class IVONTrainingArguments(TrainingArguments):
         },
     )
     ivon_seed: int | None = field(default=None, metadata={"help": "Seed of the weight noise. Default: seed."})
+    ivon_eval_num_samples: int = field(
+        default=0,
+        metadata={"help": "Weight samples that evaluate and predict average over; 0, the default, is the mean."},
+    )
 
     def __post_init__(self) -> None:
         """Resolve the defaults that depend on the optimizer, and check IVON's options.
@@ -121,8 +125,13 @@ class IVONTrainingArguments(TrainingArguments):
         if is_ivon:
             self.optim = "ivon"
             self.ivon_options()
+            if not isinstance(self.ivon_eval_num_samples, int) or self.ivon_eval_num_samples < 0:
+                raise ValueError(
+                    f"`ivon_eval_num_samples` must be an integer of at least 0, got {self.ivon_eval_num_samples!r}. 0 "
+                    f"is the mean, 16 is usual."
+                )
             check_supported(self)
-        elif flags := _flags(self):
+        elif flags := [*_flags(self), *(["eval_num_samples"] if self.ivon_eval_num_samples else [])]:
             names = ", ".join(f"ivon_{key}" for key in flags)
             optim = self.optim.value  # an OptimizerNames, after the base class
             logger.warning("No effect with optim=%r: %s. Leave them out, or pass optim='ivon'.", optim, names)

@@ -18,6 +18,7 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.trainer_utils import HubStrategy
 
 from hf_ivon import distributed
+from hf_ivon.averaging import ScoreAverage
 from hf_ivon.checkpoint import load_posterior, posterior_files, save_posterior
 from hf_ivon.hub import write_card
 from hf_ivon.optim import IVON
@@ -150,6 +151,52 @@ class IVONTrainerMixin:
             with ivon.sampled_params(train=True, weight=1.0 / samples, grad_scale=grad_scale(self.accelerator)):
                 losses.append(super().training_step(model, inputs, num_items_in_batch))
         return losses[0] if samples == 1 else torch.stack(losses).mean()
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Run the base class's step; with `ivon_eval_num_samples` at so many weight samples, new ones for each batch.
+
+        Relies on `evaluate` and `predict` going through this method. The logits returned are those of the averaged
+        scores: their softmax is the averaged probabilities (multi-label: their sigmoid; regression: they themselves).
+        The loss is the average of the samples' losses, which is not below the loss of the average.
+
+        Args:
+            model: The model.
+            inputs: One batch.
+            prediction_loss_only: Whether only the loss is wanted.
+            ignore_keys: Outputs of the model that are not wanted.
+
+        Returns:
+            Loss, logits and labels, as the base class gives them.
+
+        Raises:
+            RuntimeError: If there is no posterior yet.
+            ValueError: If the outputs cannot be averaged: generated tokens, or several tensors.
+        """
+        samples = getattr(self.args, "ivon_eval_num_samples", 0) if self.args.optim == "ivon" else 0
+        if not samples:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.ivon is None:
+            raise RuntimeError(
+                "There is no posterior to average over before training. Leave out `ivon_eval_num_samples`, or "
+                "average over a saved one by `posterior_predict`."
+            )
+        losses, average, labels = [], None, None
+        for _ in range(samples):
+            with self.ivon.sampled_params():
+                # A step may change its inputs.
+                loss, logits, labels = super().prediction_step(model, dict(inputs), prediction_loss_only, ignore_keys)
+            if loss is not None:
+                losses.append(loss)
+            if logits is not None:
+                average = average or ScoreAverage(_score_function(self.model, logits))
+                average.add(logits)
+        return torch.stack(losses).mean() if losses else None, average and average.logits().to(logits.dtype), labels
 
     @torch.no_grad()
     def _check_loss_scale(
@@ -310,6 +357,20 @@ class IVONTrainerMixin:
 
 class IVONTrainer(IVONTrainerMixin, Trainer):
     """Transformers' Trainer with IVON; takes `IVONTrainingArguments`."""
+
+
+def _score_function(model: nn.Module, logits: Any) -> str:
+    """Return the function of `ScoreAverage` for a model's logits."""
+    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+        found = f"{logits.dtype} numbers" if isinstance(logits, torch.Tensor) else f"{len(logits)} outputs"
+        raise ValueError(
+            f"`ivon_eval_num_samples` must be 0 for a model whose predictions are not logits alone, got {found}. "
+            f"Ignore other outputs by `keys_to_ignore_at_inference`, and do not generate."
+        )
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem == "regression" or logits.shape[-1] == 1:
+        return "none"
+    return "sigmoid" if problem == "multi_label_classification" else "softmax"
 
 
 @contextmanager

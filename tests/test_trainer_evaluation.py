@@ -1,0 +1,100 @@
+"""Evaluation and prediction by the Trainer, averaged over the posterior that it is learning."""
+
+import pytest
+import torch
+
+from hf_ivon import IVONTrainer
+from tests import tiny
+
+
+def trained(directory, model, data, **settings):
+    """A trainer after training, with a posterior wide enough to matter."""
+    seen = []
+
+    def metrics(prediction):
+        seen.append(prediction)
+        return {"count": len(prediction.label_ids)}
+
+    options = {"ivon_ess": 1e2, "ivon_eval_num_samples": 3} | settings
+    trainer = IVONTrainer(
+        model=model,
+        args=tiny.arguments(directory, **options),
+        train_dataset=data,
+        eval_dataset=data[:6],
+        compute_metrics=metrics,
+    )
+    trainer.train()
+    return trainer, seen
+
+
+@pytest.mark.parametrize(
+    ("config", "function"),
+    [
+        ({}, lambda x: x.softmax(-1)),
+        ({"num_labels": 1}, lambda x: x),
+        ({"problem_type": "multi_label_classification"}, torch.sigmoid),
+    ],
+)
+def test_evaluate_and_predict_average_scores(tmp_path, monkeypatch, config, function):
+    """Metrics of the mean would pass for those of the posterior, or logits be averaged in place of probabilities."""
+    model = tiny.bert(**config)
+    data = tiny.sentences(24, config.get("num_labels", 3))
+    if "problem_type" in config:
+        data = [{**row, "labels": torch.eye(3)[row["labels"]]} for row in data]
+    trainer, seen = trained(tmp_path, model, data, per_device_eval_batch_size=6)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    outputs = []
+    model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    for run in (trainer.evaluate, lambda: trainer.predict(data[:6]).metrics):
+        outputs.clear()
+        metrics = run()
+        assert len(outputs) == 3
+        scores = torch.stack([function(o.logits.double()) for o in outputs])
+        found = function(torch.as_tensor(seen[-1].predictions).double())
+        torch.testing.assert_close(found, scores.mean(0), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(scores[0], scores[1])
+        loss = next(v for k, v in metrics.items() if k.endswith("_loss"))
+        assert loss == pytest.approx(sum(o.loss.item() for o in outputs) / 3, rel=1e-5)
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_evaluation_does_not_change_training(tmp_path):
+    """Draws for evaluation must come from noise of their own, or whether one evaluates would change the result."""
+    ends = []
+    for number in (0, 2):
+        model = tiny.bert()
+        settings = {"eval_strategy": "steps", "eval_steps": 1, "ivon_eval_num_samples": number}
+        trained(tmp_path / str(number), model, tiny.sentences(), **settings)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_language_models_average_their_loss(tmp_path):
+    """Only the loss is computed for them; no vocabulary of probabilities is to be kept for every token."""
+    model, data = tiny.gpt2(), tiny.text()
+    trainer = IVONTrainer(
+        model=model,
+        args=tiny.arguments(tmp_path, ivon_eval_num_samples=2, per_device_eval_batch_size=6),
+        train_dataset=data,
+        eval_dataset=data[:6],
+    )
+    trainer.train()
+    losses = []
+    model.register_forward_hook(lambda module, args, output: losses.append(output.loss.item()))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert len(set(losses)) == len(losses) == 2
+
+
+def test_what_cannot_be_averaged_is_named(tmp_path, caplog):
+    """Silence would print numbers of the mean under the name of the posterior."""
+    model = tiny.bert()
+    settings = {"model": model, "train_dataset": tiny.sentences(), "eval_dataset": tiny.sentences(4)}
+    with pytest.raises(RuntimeError, match="no posterior to average over before training"):
+        IVONTrainer(args=tiny.arguments(tmp_path, ivon_eval_num_samples=2), **settings).evaluate()
+    with pytest.raises(ValueError, match="`ivon_eval_num_samples` must be an integer of at least 0, got -1"):
+        tiny.arguments(tmp_path, ivon_eval_num_samples=-1)
+    tiny.arguments(tmp_path, optim="adamw_torch", ivon_eval_num_samples=2)
+    assert "No effect with optim='adamw_torch': ivon_eval_num_samples" in caplog.text
+    model.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="predictions are not logits alone, got 2 outputs"):
+        trained(tmp_path, model, tiny.sentences())[0].evaluate()
