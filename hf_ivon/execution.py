@@ -116,7 +116,8 @@ class Execution:
             for begin in range(0, width, step):
                 columns = torch.arange(begin, min(begin + step, width), device=theta.device)
                 parts = [[lane[begin : begin + step] for lane in tensor] for tensor in lanes]
-                passes.sample_lanes(*parts, columns, device_words, ess, weight_decay)
+                thetas, means, hesses = parts
+                passes.sample_lanes(thetas, means, hesses, columns, device_words, ess, weight_decay)
             return
         for part, m, h in cache_sized(theta, mean, hess):
             noise = normal_range(start, start + m.numel(), total, device_words).to(m.dtype).view(m.shape)
@@ -128,8 +129,8 @@ class Execution:
         run = self._compiled(theta, mean, grad)
         if run is not None and run.call("take_product", theta, mean, grad, factor):
             return
-        for part in cache_sized(theta, mean, grad):
-            passes.take_product(*part, factor)
+        for t, m, g in cache_sized(theta, mean, grad):
+            passes.take_product(t, m, g, factor)
 
     def update(
         self,
@@ -146,8 +147,8 @@ class Execution:
         run = self._compiled(*tensors)
         if run is not None and run.call("update", *tensors[:5], prior_mean, *options):
             return
-        for part in cache_sized(*tensors):
-            passes.update(*part[:5], part[5] if len(part) > 5 else None, *options)
+        for m, g, c, average, h, *prior in cache_sized(*tensors):
+            passes.update(m, g, c, average, h, prior[0] if prior else None, *options)
 
 
 def _lanes(tensor: Tensor) -> list[Tensor]:
@@ -173,10 +174,13 @@ class Compiled:
     """The passes, compiled for one kind of device."""
 
     def __init__(self) -> None:
-        functions = {"sample": _sample_whole, "take_product": passes.take_product, "update": passes.update}
-        self._functions: dict[str, Callable[..., None]] = {
-            name: torch.compile(function, dynamic=True, fullgraph=True) for name, function in functions.items()
+        functions: dict[str, Callable[..., None]] = {
+            "sample": _sample_whole,
+            "take_product": passes.take_product,
+            "update": passes.update,
         }
+        compile_: Any = torch.compile
+        self._functions = {name: compile_(f, dynamic=True, fullgraph=True) for name, f in functions.items()}
         self._failed = False
 
     def sample(self, theta: Tensor, lanes: Lanes, words: list[int], ess: float, weight_decay: float) -> bool:
@@ -228,14 +232,16 @@ def _compile_and_check(device_type: str) -> Compiled | None:
         expected = [start * (i + 1) for i in range(5)]
         tensors = [t.clone() for t in expected]
         options = UpdateOptions(100.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True)
-        expected[1].copy_(expected[0])
-        eager.sample(*expected[:3], words, ess=100.0, weight_decay=1e-3)
-        eager.take_product(*expected[:3], 1.0)
-        eager.update(*expected, None, options)
+        theta, mean, hess, momentum, grad = expected
+        mean.copy_(theta)
+        eager.sample(theta, mean, hess, words, ess=100.0, weight_decay=1e-3)
+        eager.take_product(theta, mean, grad, 1.0)
+        eager.update(theta, grad, mean, momentum, hess, None, options)
+        theta, mean, hess, momentum, grad = tensors
         ran = (
-            run.sample(tensors[0], tuple(_apart(t) for t in tensors[:3]), words, 100.0, 1e-3)
-            and run.call("take_product", *tensors[:3], 1.0)
-            and run.call("update", *tensors, None, *options)
+            run.sample(theta, tuple(_apart(t) for t in (theta, mean, hess)), words, 100.0, 1e-3)
+            and run.call("take_product", theta, mean, grad, 1.0)
+            and run.call("update", theta, grad, mean, momentum, hess, None, *options)
         )
         if not ran:
             return None

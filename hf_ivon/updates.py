@@ -83,9 +83,10 @@ def _update_one(
 ) -> None:
     p, state = entry.p, entry.state
     mean = state.get("mean", p.detach())
-    tensors = (mean, entry.grad.to(mean.dtype), capture.curvature(p)[0], state["momentum"], state["hess"])
-    prior_mean = distributed.local(state["prior_mean"]) if "prior_mean" in state else None
-    execution.update(*(distributed.local(t) for t in tensors), prior_mean, options)
+    local = distributed.local
+    prior_mean = local(state["prior_mean"]) if "prior_mean" in state else None
+    grad, curvature = local(entry.grad.to(mean.dtype)), local(capture.curvature(p)[0])
+    execution.update(local(mean), grad, curvature, local(state["momentum"]), local(state["hess"]), prior_mean, options)
     if "mean" in state:
         p.copy_(mean)
         sampler.written[p] = distributed.local(p)._version
