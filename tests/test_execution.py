@@ -1,14 +1,16 @@
 """Plain, packed and compiled passes do the same; how much memory they hold; and what happens without a compiler."""
 
 import logging
+import re
 import signal
 
 import pytest
 import torch
 from torch import nn
 
-from hf_ivon import execution, sampling
+from hf_ivon import execution, passes, philox, sampling
 from hf_ivon.optim import IVON
+from hf_ivon.passes import UpdateOptions
 
 COMPILED_SIZE = execution.MIN_COMPILED
 
@@ -246,3 +248,34 @@ def test_a_parameter_of_a_pack_without_gradient_keeps_its_mean():
         train(some[:3], opt, steps=1)
     for p, q in zip(params, reference, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "reads", "writes"),
+    [("sample", 8, 8), ("take_product", 3, 2), ("update", 5, 3)],
+)
+def test_a_compiled_pass_is_one_loop_without_temporaries(name, reads, writes):
+    """Each further loop or buffer moves the whole model through memory once more, and nobody would see why.
+
+    Reads and writes count streams of the loop; the sample has four lanes, each of which reads two tensors (weights and
+    Hessian) and writes two (mean and weights).
+    """
+    from torch._inductor.utils import run_and_get_code
+
+    a, b, c, d, e = (torch.rand(2**16) + 0.1 for _ in range(5))
+    words = torch.tensor(philox.noise_words((1,), 0))
+    apart = [execution._apart(t) for t in (a, b, c)]
+    arguments = {
+        "sample": (*apart, words, 10.0, 1e-3),
+        "take_product": (a, b, c, 1.0),
+        "update": (a, b, c, d, e, None, *UpdateOptions(10.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True)),
+    }
+    torch._dynamo.reset()
+    function = {"sample": execution._sample_whole, "take_product": passes.take_product, "update": passes.update}[name]
+    _, [code] = run_and_get_code(torch.compile(function, dynamic=True, fullgraph=True), *arguments[name])
+    assert code.count("async_compile.cpp_pybinding(") == 1
+    assert "empty_strided_cpu(" not in code.split("def call(")[1]
+    kernel = code[code.index('extern "C"') : code.index("async_compile.wait")]
+    assert len(set(re.findall(r"Vectorized<float>::loadu\((\w+) ", kernel))) == reads
+    assert len(set(re.findall(r"\.store\((\w*out_ptr\d+) ", kernel))) == writes

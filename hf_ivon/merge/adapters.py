@@ -6,10 +6,9 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -119,7 +118,7 @@ def merge_products(
             down, up = _truncate(down, up, max(d.shape[0] for d in downs))
         ranks[module] = down.shape[0]
         tensors[names[0]], tensors[names[1]] = down.contiguous(), up.contiguous()
-    for name, parts in _whole_tensors(models, tensors.keys()):
+    for name, parts in _whole_tensors(models, tensors):
         total = sum(f for f, p in zip(factors, parts, strict=True) if p is not None)
         merged = sum(f * p.float() for f, p in zip(factors, parts, strict=True) if p is not None)
         tensors[name] = (merged / total).to(next(p for p in parts if p is not None).dtype)  # type: ignore[union-attr]
@@ -137,10 +136,11 @@ def _truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return root[:, None] * (v[:rank] @ right.T), (left @ u[:, :rank]) * root
 
 
-def _whole_tensors(
-    models: Sequence[Checkpoint], done: Mapping[str, Tensor] | Any
-) -> Iterator[tuple[str, list[Tensor | None]]]:
-    """Yield what adapters hold beside products, such as a classifier: by model, None where one lacks it."""
+def _whole_tensors(models: Sequence[Checkpoint], done: Collection[str]) -> Iterator[tuple[str, list[Tensor | None]]]:
+    """Yield what adapters hold beside products, such as a classifier: by model, None where one lacks it.
+
+    `done` names what is merged already.
+    """
     low_rank = {name for m in models for p in products(m).values() for name in p.names} | set(done)
     for name in sorted({n for m in models for n in m.tensors} - low_rank):
         yield name, [m.tensors[name] if name in m.tensors else None for m in models]

@@ -21,10 +21,12 @@ from hf_ivon.merge.report import TensorStatistics
 from hf_ivon.posterior_config import PosteriorConfig
 
 _READ = 2**22  # weights of each model that are read at a time
-_SHOWS_NAN = ("average", "task-arithmetic", "gaussian", "fisher")  # NaN of one model is NaN in the result
+_COMPUTE = (
+    2**18
+)  # weights of each model that are computed with at a time, so that intermediate results stay in the cache
+_WORKERS = 8  # threads; each holds a block of all models
 _REPORT = 8  # one of so many pieces is looked at for the report
-_WORKERS = 8  # each holds a block of all models
-_COMPUTE = 2**18  # and that are computed with, so that what lies in between stays in the cache
+_SHOWS_NAN = ("average", "task-arithmetic", "gaussian", "fisher")  # NaN of one model is NaN in the result
 
 
 @dataclass
