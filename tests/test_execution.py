@@ -194,10 +194,14 @@ def test_an_interrupt_between_mean_and_product_waits():
         original(*args)
 
     optimizer._execution.take_product = interrupted
-    with pytest.raises(KeyboardInterrupt), optimizer.sampled_params(train=True):
-        sum(p.square().sum() for p in params).backward()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), optimizer.sampled_params(train=True):
+            sum(p.square().sum() for p in params).backward()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_interrupts_are_not_touched_outside_of_the_main_thread():
