@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -159,39 +160,34 @@ def gpt2(device: str) -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)).to(device)
 
 
-def memory(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], shapes: list, contexts: int) -> float | None:
+def memory(model: str, optimizer: str, contexts: int) -> float:
     """Return the most memory that an optimizer takes beside weights and gradients, in sizes of the model.
 
     On a CPU it is the resident memory of a process of its own, on CUDA the allocator's peak.
     """
+    shapes = SHAPES[model]()
+    size = 4 * sum(torch.Size(shape).numel() for shape in shapes)
     if torch.cuda.is_available():
         params = parameters(shapes, "cuda")
-        step = OptimizerOnly(make(params), params, contexts)
-        params[0].grad = None
+        step = OptimizerOnly(optimizers([optimizer])[optimizer](params), params, contexts)
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
             step.run()
-        size = sum(p.numel() * 4 for p in params)
         return (torch.cuda.max_memory_allocated() - 3 * size) / size  # weights, given gradients, their copies
-    context = torch.multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    process = context.Process(target=_resident, args=(make, shapes, contexts, queue))
-    process.start()
-    process.join()
-    return None if process.exitcode else queue.get()
+    with ProcessPoolExecutor(1, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_resident, model, optimizer, contexts).result() / size
 
 
-def _resident(make: Callable, shapes: list, contexts: int, queue) -> None:
-    params = parameters(shapes, "cpu")
-    step = OptimizerOnly(make(params), params, contexts)
+def _resident(model: str, optimizer: str, contexts: int) -> int:
+    params = parameters(SHAPES[model](), "cpu")
+    step = OptimizerOnly(optimizers([optimizer])[optimizer](params), params, contexts)
     step.backward()
     before = _status("VmRSS")
-    size = sum(p.numel() * 4 for p in params)
-    for round_ in range(3):
-        if round_ == 1:  # the first step compiles; what it takes for that is not the optimizer's
+    for number in range(3):
+        if number == 1:  # the first step compiles; what it takes for that is not the optimizer's
             Path("/proc/self/clear_refs").write_text("5")
         step.run()
-    queue.put((_status("VmHWM") - before) / size)
+    return _status("VmHWM") - before
 
 
 def _status(name: str) -> int:
@@ -233,7 +229,7 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[dict]:
             "median_ms": statistics.median(values) * 1e3,
             "ns_per_weight": statistics.median(values) / total * 1e9,
             "to_fused_adamw": statistics.median(ratios) if ratios else None,
-            "memory_copies": memory(made[key], SHAPES[name](), options.contexts) if options.memory else None,
+            "memory_copies": memory(name, key, options.contexts) if options.memory else None,
         }
 
 
