@@ -231,7 +231,7 @@ def _compile_and_check(device_type: str) -> Compiled | None:
         words = noise_words((size,), 1)
         expected = [start * (i + 1) for i in range(5)]
         tensors = [t.clone() for t in expected]
-        options = UpdateOptions(100.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True)
+        options = UpdateOptions(100.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True, False)
         theta, mean, hess, momentum, grad = expected
         mean.copy_(theta)
         eager.sample(theta, mean, hess, words, ess=100.0, weight_decay=1e-3)

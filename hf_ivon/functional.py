@@ -161,6 +161,54 @@ def update_hess(hess: Tensor, hess_hat: Tensor, *, beta2: float, weight_decay: f
     return ratio.mul_(0.5).add_(1.0).mul_(change).add_(hess).clamp_(min=floor)
 
 
+def debiased_decay(beta2: float, *, step: float) -> float:
+    r"""Return the decay of a debiased average, :math:`\beta_{2,t} = 1 - (1 - \beta_2)/(1 - \beta_2^{t + 1})`.
+
+    With these decays, and the start value as the estimate of step 0, the average has the weights
+    :math:`\beta_2^{t - i}` for the estimates 0 to t: it is the plain one in the first :math:`1 / (1 - \beta_2)` steps,
+    and the start value counts as one estimate, no more.
+
+    Args:
+        beta2: Decay :math:`\beta_2` in [0, 1).
+        step: Number of this step :math:`t`, from 1.
+
+    Returns:
+        Decay in [0, 1).
+
+    Examples:
+        >>> debiased_decay(0.5, step=1)
+        0.33333333333333337
+    """
+    return 1.0 - (1.0 - beta2) / (1.0 - beta2 ** (step + 1.0))
+
+
+def average_hess(hess: Tensor, hess_hat: Tensor, *, decay: float) -> Tensor:
+    r"""Return the next average of estimates that are not negative, :math:`h \leftarrow \beta h + (1 - \beta) \hat h`.
+
+    It is for the Fisher estimate :math:`\hat h = B \hat g^2`. Near the end of training the gradients :math:`g_i` of
+    single examples have mean zero, so that the gradient :math:`\hat g` of a batch of :math:`B` has the variance
+    :math:`h / B`, with :math:`h` the average of :math:`g_i^2`: the diagonal Fisher information. The estimate scatters
+    by about :math:`\sqrt 2` times its mean, however narrow the noise of the weights is.
+
+    Args:
+        hess: Hessian estimate :math:`h`, any shape.
+        hess_hat: Estimate of this step :math:`\hat h`, shape of `hess`, at least 0.
+        decay: Decay of the average in [0, 1), see `debiased_decay`.
+
+    Returns:
+        New Hessian estimate, shape of `hess`.
+
+    Source:
+        arXiv:2402.17641, Appendix B.2 (squared gradients), times the batch size, and without the term of Equation 4
+        that keeps other estimates positive.
+
+    Examples:
+        >>> average_hess(torch.tensor([1.0]), torch.tensor([4.0]), decay=0.5)
+        tensor([2.5000])
+    """
+    return torch.lerp(hess, hess_hat, 1.0 - decay)
+
+
 def newton_direction(
     mean: Tensor,
     momentum: Tensor,

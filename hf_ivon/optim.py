@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_ivon import distributed, functional, replicas
 from hf_ivon.capture import GradientCapture
 from hf_ivon.execution import Execution
-from hf_ivon.options import check_options
+from hf_ivon.options import SQUARED, check_options, check_same_estimator
 from hf_ivon.sampling import Draw, WeightSampler, interrupts_deferred
 from hf_ivon.state import (
     adopt_changes,
@@ -65,8 +65,11 @@ class IVON(torch.optim.Optimizer):
         rescale_lr: Multiply `lr` by ``hess_init + weight_decay``, so that first steps have the size of `lr`. Has no
             effect when clipping is on.
         debias: Divide the gradient average by ``1 - beta1**t``.
-        hess_approx: ``"price"``, the reparameterization estimator of Equation 3, or ``"gradsq"``, the squared gradient
-            of the step's batch (Appendix B.2).
+        hess_approx: ``"price"``, the reparameterization estimator of Equation 3; ``"gradsq"``, the squared gradient of
+            the step's batch (Appendix B.2); or ``"fisher"``, that times `batch_size`, averaged without a trace of the
+            start value: the one that learns within hundreds of steps.
+        batch_size: What the loss of a step is an average of, over all processes: examples, or label tokens; > 0. Only
+            ``"fisher"`` uses it.
         prior_mean: ``"zero"``; ``"init"``, the weights at the first use; or one tensor per parameter, in order.
         seed: Seed of the weight noise, which has a generator of its own, in [0, 2**63).
         foreach: Work on small tensors together; None does so.
@@ -94,6 +97,7 @@ class IVON(torch.optim.Optimizer):
         rescale_lr: bool = True,
         debias: bool = True,
         hess_approx: str = "price",
+        batch_size: float = 1.0,
         prior_mean: str | Iterable[Tensor] = "zero",
         seed: int = 0,
         foreach: bool | None = None,
@@ -112,6 +116,7 @@ class IVON(torch.optim.Optimizer):
             "rescale_lr": rescale_lr,
             "debias": debias,
             "hess_approx": hess_approx,
+            "batch_size": batch_size,
             "prior_mean": prior_mean if given is None else "given",
             "seed": seed,
             "foreach": foreach,
@@ -126,7 +131,7 @@ class IVON(torch.optim.Optimizer):
 
     def _start(self) -> None:
         """Make what a checkpoint does not hold: sampler and capture, with their buffers."""
-        squared = any(group["hess_approx"] == "gradsq" for group in self.param_groups)
+        squared = any(group["hess_approx"] in SQUARED for group in self.param_groups)
         self._execution = Execution(self.defaults["foreach"], self.defaults["fused"])
         self._sampler = WeightSampler(self._execution)
         self._capture = GradientCapture(self._sampler, squared=squared)
@@ -157,11 +162,7 @@ class IVON(torch.optim.Optimizer):
         check_options(options)
         if options["prior_mean"] == "given" and given is None and hasattr(self, "_capture"):
             raise ValueError("`prior_mean` must be given for the new group too. Pass tensors, 'init' or 'zero' in it.")
-        if any(group["hess_approx"] != options["hess_approx"] for group in self.param_groups):
-            raise ValueError(
-                f"`hess_approx` must be the same in all groups, got {options['hess_approx']!r} beside "
-                f"{self.param_groups[0]['hess_approx']!r}. Choose one."
-            )
+        check_same_estimator(options, self.param_groups)
         if self.param_groups:
             param_group.setdefault("window", self.param_groups[0]["window"])
         super().add_param_group(param_group)

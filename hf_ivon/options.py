@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -53,7 +53,16 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     ),
     "rescale_lr": (lambda v: isinstance(v, bool), "True or False", "Pass a bool."),
     "debias": (lambda v: isinstance(v, bool), "True or False", "Pass a bool."),
-    "hess_approx": (lambda v: v in ("gradsq", "price"), "'gradsq' or 'price'", "'price' is the paper's default."),
+    "hess_approx": (
+        lambda v: v in ("fisher", "gradsq", "price"),
+        "'fisher', 'gradsq' or 'price'",
+        "'price' is the paper's default; 'fisher' learns within a finetuning run.",
+    ),
+    "batch_size": (
+        _positive,
+        "a positive number",
+        "Pass what the loss of a step is an average of: examples, or label tokens, of all processes together.",
+    ),
     "prior_mean": (
         lambda v: v in ("given", "init", "zero"),
         "'init', 'zero' or one tensor per parameter",
@@ -63,6 +72,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "fused": (lambda v: v is None or isinstance(v, bool), "True, False or None", "None chooses."),
     "seed": (lambda v: _integer(v) and 0 <= v < 2**63, "an integer in [0, 2**63)", "Pass a non-negative integer."),
 }
+
+
+# Estimators that are of squared gradients, not of gradients times noise.
+SQUARED = ("fisher", "gradsq")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -77,3 +90,20 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name, (accepts, rule, remedy) in _RULES.items():
         if name in options and not accepts(options[name]):
             raise ValueError(f"`{name}` must be {rule}, got {options[name]!r}. {remedy}")
+
+
+def check_same_estimator(options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check that a new parameter group has the `hess_approx` of the others: their gradients are captured one way.
+
+    Args:
+        options: Options of the new group.
+        groups: The groups that are there.
+
+    Raises:
+        ValueError: If it differs.
+    """
+    if any(group["hess_approx"] != options["hess_approx"] for group in groups):
+        raise ValueError(
+            f"`hess_approx` must be the same in all groups, got {options['hess_approx']!r} beside "
+            f"{groups[0]['hess_approx']!r}. Choose one."
+        )

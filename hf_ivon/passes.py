@@ -27,6 +27,7 @@ class UpdateOptions(NamedTuple):
     lr: float
     divisor: float
     price: bool
+    average: bool
 
 
 def sample_lanes(
@@ -89,6 +90,7 @@ def update(
     lr: float,
     divisor: float,
     price: bool,
+    average: bool,
 ) -> None:
     """Run lines 3 to 7 of Algorithm 1.
 
@@ -108,12 +110,16 @@ def update(
         lr: Learning rate, with everything that multiplies it.
         divisor: What `curvature` is divided by.
         price: Whether `curvature` holds gradient times noise.
+        average: Whether the Hessian is a plain average of its estimates.
     """
     hess_hat = curvature / divisor
     if price:
         hess_hat = functional.hess_hat_price(hess_hat, hess, ess=ess, weight_decay=weight_decay)
     momentum.copy_(functional.update_momentum(momentum, grad, beta1=beta1))
-    hess.copy_(functional.update_hess(hess, hess_hat, beta2=beta2, weight_decay=weight_decay))
+    if average:
+        hess.copy_(functional.average_hess(hess, hess_hat, decay=beta2))
+    else:
+        hess.copy_(functional.update_hess(hess, hess_hat, beta2=beta2, weight_decay=weight_decay))
     direction = functional.newton_direction(
         mean,
         momentum,

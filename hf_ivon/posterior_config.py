@@ -24,7 +24,7 @@ class PosteriorConfig:
         num_tokens: Number of label tokens, for losses that average over tokens; None otherwise.
         steps: Optimizer steps that the posterior has seen.
         betas: Decays of the gradient and of the Hessian average.
-        estimator: Where the Hessian is from: ``"ivon-price"``, ``"ivon-gradsq"``, or the name of another estimator.
+        estimator: Where the Hessian is from: ``"ivon-"`` and the `hess_approx`, or the name of another estimator.
         mean_digest: Digest of the mean that the variances belong to, see `mean_digest`.
         base_model: Name or path of the model that training started from, if known.
         base_revision: Its revision, if known.

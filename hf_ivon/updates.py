@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ivon import distributed, passes
+from hf_ivon import distributed, functional, passes
 from hf_ivon.capture import GradientCapture
 from hf_ivon.execution import Execution
 from hf_ivon.packs import packable
@@ -65,16 +65,18 @@ def _options(group: Mapping[str, Any], steps: float, divisor: float) -> UpdateOp
     lr = float(group["lr"])
     if group["rescale_lr"] and math.isinf(group["clip_radius"]):
         lr *= group["hess_init"] + group["weight_decay"]
+    fisher = group["hess_approx"] == "fisher"
     return UpdateOptions(
         ess=group["ess"],
         weight_decay=group["weight_decay"],
         beta1=group["beta1"],
-        beta2=group["beta2"],
+        beta2=functional.debiased_decay(group["beta2"], step=steps) if fisher else group["beta2"],
         debias=1.0 - group["beta1"] ** steps if group["debias"] else 1.0,
         clip_radius=group["clip_radius"],
         lr=lr,
-        divisor=divisor,
+        divisor=divisor / group["batch_size"] if fisher else divisor,
         price=group["hess_approx"] == "price",
+        average=fisher,
     )
 
 

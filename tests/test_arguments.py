@@ -47,6 +47,7 @@ def test_defaults_are_the_papers_finetuning_setting():
     assert (args.optim, args.learning_rate, args.weight_decay) == ("ivon", 0.1, 1e-5)
     expected = {"ess": "auto", "hess_init": 1.0, "beta1": 0.9, "beta2": 0.99999, "clip_radius": 1e-3, "mc_samples": 1}
     expected |= {"rescale_lr": True, "debias": True, "hess_approx": "price", "prior_mean": "zero", "prior_on": "all"}
+    expected |= {"batch_size": "auto"}
     assert args.ivon_options() == {**expected, "seed": args.seed}
 
 
@@ -90,7 +91,7 @@ def test_optim_args_fill_the_same_options():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optim_args": "ess=1e7,hess=1"}, r"`optim_args`.*keys beta1, beta2, clip_radius.*ess.*got 'hess=1'"),
+        ({"optim_args": "ess=1e7,hess=1"}, r"`optim_args`.*keys batch_size, beta1, beta2, .*got 'hess=1'"),
         ({"optim_args": "lr=0.1"}, r"keys .*got 'lr=0.1'.*`learning_rate` and `weight_decay`"),
         ({"optim_args": "ess"}, r"key=value,.*got 'ess'"),
         ({"optim_args": "ess=1,ess=2"}, r"each option once, got ess twice"),
@@ -103,7 +104,8 @@ def test_optim_args_fill_the_same_options():
         ({"ivon_hess_init": 0.0}, r"`ivon_hess_init` must be a positive number"),
         ({"ivon_mc_samples": 0}, r"`ivon_mc_samples` must be an integer of at least 1"),
         ({"ivon_clip_radius": 0.0}, r"`ivon_clip_radius` must be a positive number or inf"),
-        ({"ivon_hess_approx": "fisher"}, r"`ivon_hess_approx` must be 'gradsq' or 'price'"),
+        ({"ivon_hess_approx": "ggn"}, r"`ivon_hess_approx` must be 'fisher', 'gradsq' or 'price'"),
+        ({"ivon_batch_size": "0"}, r"`ivon_batch_size` must be a positive number, got 0.0"),
         ({"ivon_prior_mean": "given"}, r"`ivon_prior_mean` must be 'zero' or 'init'"),
         ({"ivon_prior_on": "none"}, r"`ivon_prior_on` must be one of all, decay"),
         ({"ivon_seed": -1}, r"`ivon_seed` must be an integer"),

@@ -121,6 +121,7 @@ CASES = [
     pytest.param(False, {"static_graph": True}, "price", id="static graph"),
     pytest.param(True, {"find_unused_parameters": True}, "price", id="unused in some processes"),
     pytest.param(True, {"find_unused_parameters": True}, "gradsq", id="squared gradients"),
+    pytest.param(True, {"find_unused_parameters": True}, "fisher", id="Fisher"),
 ]
 
 

@@ -25,6 +25,7 @@ _DEFAULTS: dict[str, Any] = {
     "debias": True,
     "mc_samples": 1,
     "hess_approx": "price",
+    "batch_size": "auto",
     "prior_mean": "zero",
     "prior_on": "all",
     "seed": None,
@@ -90,7 +91,17 @@ class IVONTrainingArguments(TrainingArguments):
         metadata={"help": "Weight samples per micro-batch; each costs a forward and backward. Default 1."},
     )
     ivon_hess_approx: str | None = field(
-        default=None, metadata={"help": "Hessian estimator: 'price' (default) or 'gradsq'."}
+        default=None,
+        metadata={
+            "help": "Hessian estimator: 'price' (default), 'gradsq', or 'fisher', which learns in hundreds of steps."
+        },
+    )
+    ivon_batch_size: str | None = field(
+        default=None,
+        metadata={
+            "help": "For 'fisher': what the loss of a step averages over in all processes, a number or 'auto' "
+            "(default): examples, or for a language model label tokens."
+        },
     )
     ivon_prior_mean: str | None = field(
         default=None,
@@ -197,8 +208,8 @@ class IVONTrainingArguments(TrainingArguments):
         """Return the options of IVON: flags, then `optim_args`, then defaults.
 
         Returns:
-            Keyword arguments of `IVON` without `lr` and `weight_decay`; `ess` may be ``"auto"``, and `prior_on` is for
-            the parameter groups.
+            Keyword arguments of `IVON` without `lr` and `weight_decay`; `ess` and `batch_size` may be ``"auto"``, and
+            `prior_on` is for the parameter groups.
 
         Raises:
             ValueError: If an option is unknown, out of range, or given twice with different values.
@@ -222,7 +233,7 @@ class IVONTrainingArguments(TrainingArguments):
         if options["prior_mean"] == "given":
             raise ValueError("`ivon_prior_mean` must be 'zero' or 'init', got 'given'. Tensors go to `IVON` in code.")
         for key, value in {**options, "lr": self.learning_rate, "weight_decay": self.weight_decay}.items():
-            if key == "ess" and value == "auto":
+            if key in ("ess", "batch_size") and value == "auto":
                 continue
             try:
                 check_options({key: value})

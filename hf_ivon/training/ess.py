@@ -1,4 +1,4 @@
-"""How much data a loss averages over: what `ess=auto` means, and the N that is saved beside it."""
+"""How much data a loss averages over: what `ess=auto` and `batch_size=auto` mean, and the N that is saved."""
 
 from __future__ import annotations
 
@@ -106,6 +106,33 @@ def resolve_ess(trainer: Trainer, size: TrainingSize | None) -> float:
     unit = "training examples" if size.num_tokens is None else "label tokens"
     logger.info("ess=auto: %d %s%s.", size.ess, unit, " (estimated)" if size.estimated else "")
     return float(size.ess)
+
+
+def resolve_batch_size(trainer: Trainer, size: TrainingSize | None, hess_approx: str) -> float:
+    """Return what ``batch_size=auto`` stands for: what the loss of an optimizer step averages over.
+
+    Args:
+        trainer: The Trainer.
+        size: What `training_size` returned for it.
+        hess_approx: The Hessian estimator; only ``"fisher"`` uses the number.
+
+    Returns:
+        Number of examples, or of label tokens in an average batch, of all processes and micro-batches together; 1 for
+        the other estimators.
+
+    Raises:
+        ValueError: If the training set has no length, or is empty.
+    """
+    if hess_approx != "fisher":
+        return 1.0
+    if size is None or size.ess <= 0:
+        raise ValueError(
+            "`ivon_batch_size` must be a number for hess_approx='fisher' when the training set has no length. Pass "
+            "--ivon_batch_size: the examples of an optimizer step, or the label tokens for a language model."
+        )
+    args = trainer.args
+    examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return min(examples, size.num_examples) * size.ess / size.num_examples
 
 
 def _label_batches(trainer: Trainer, dataset: Any, indices: list[int]) -> Iterator[torch.Tensor | None]:

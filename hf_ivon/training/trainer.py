@@ -25,7 +25,7 @@ from hf_ivon.optim import IVON
 from hf_ivon.posterior import Posterior, posterior_keys
 from hf_ivon.training.accelerate import grad_scale, unwrap_ivon
 from hf_ivon.training.arguments import IVONTrainingArguments, check_supported
-from hf_ivon.training.ess import TrainingSize, resolve_ess, training_size
+from hf_ivon.training.ess import TrainingSize, resolve_batch_size, resolve_ess, training_size
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,8 @@ class IVONTrainerMixin:
         self._size = training_size(self)
         if options["ess"] == "auto":
             options["ess"] = resolve_ess(self, self._size)
+        if options["batch_size"] == "auto":
+            options["batch_size"] = resolve_batch_size(self, self._size, options["hess_approx"])
         return options
 
     def training_step(
