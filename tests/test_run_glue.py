@@ -13,8 +13,7 @@ from recipes.common import RecipeError
 WORDS = ["good", "bad", "film", "book", "very", "not", "a", "the", "is"]
 
 
-@pytest.fixture
-def model_dir(tmp_path):
+def make_model(tmp_path):
     directory = tmp_path / "model"
     directory.mkdir()
     vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
@@ -23,6 +22,11 @@ def model_dir(tmp_path):
                         intermediate_size=16, max_position_embeddings=32)  # fmt: skip
     BertModel(config).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    return make_model(tmp_path)
 
 
 def write_rows(tmp_path, task, change=lambda row: row, num=24):

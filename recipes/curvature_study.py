@@ -1,0 +1,170 @@
+"""Finetune with IVON and compare the Hessian that it learnt with the exact diagonal at the mean.
+
+    python recipes/curvature_study.py --examples 512 --samples 16 64 -- --task_name sst2 --output_dir out \
+        --model_name_or_path roberta-base --ivon_hess_approx fisher
+
+What stands after `--` goes to `run_glue.py`; a finished run in `output_dir` is measured without repeating it. The
+exact diagonal is that of the Gauss-Newton matrix, which for these losses is the Fisher information, over some training
+examples. Two halves of them are compared with each other too: what differs between them no estimate can know.
+
+The first table has, by layer and overall, the share of the weights whose curvature is not zero in the examples, the
+rank correlation (Spearman) of learnt and exact with the median over the layer's tensors, the rank correlation of the
+halves, learnt over exact (sums), and the share of weights whose learnt value is more than 10% away from `hess_init`.
+The second has the quality of the predictions at the mean and averaged over the posterior.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import statistics
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hf_ivon import IVONTrainingArguments, load_posterior, posterior_predict
+from hf_ivon.checkpoint import posterior_files
+from hf_ivon.curvature import estimate_posterior
+
+try:
+    from recipes import common, run_glue
+except ImportError:  # run as a script: this directory is on the path
+    import common
+    import run_glue
+
+_MOVED = 0.1
+_MAX_WEIGHTS = 200_000  # of each tensor, evenly spaced: ranks of all of them cost more than they tell
+
+
+@dataclass
+class Tensors:
+    """Some of a tensor's weights: the learnt Hessian, the exact one, and that of half the examples, twice."""
+
+    learnt: Tensor
+    exact: Tensor
+    halves: tuple[Tensor, Tensor]
+    hess_init: float
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float | None:
+    """Return Spearman's rank correlation of two vectors; None where one of them is constant."""
+    from scipy.stats import rankdata
+
+    a, b = (torch.as_tensor(rankdata(x.numpy())) for x in (a, b))
+    a, b = a - a.mean(), b - b.mean()
+    norm = float(a.norm() * b.norm())
+    return float(a @ b) / norm if norm else None
+
+
+def layer_of(name: str) -> str:
+    """Return the layer that a tensor belongs to: what stands around the first number, or before the last two names."""
+    numbered = re.search(r"(?:^|\.)(\w+\.\d+)\.", name)
+    return numbered.group(1) if numbered else name.split(".")[-3] if name.count(".") > 1 else name.split(".")[0]
+
+
+def summary(group: list[Tensors]) -> list[Any]:
+    """Return the columns of the first table for some tensors; weights of zero curvature are left out of the ranks."""
+    learnt, exact = (torch.cat([getattr(t, k) for t in group]) for k in ("learnt", "exact"))
+    halves = [torch.cat([t.halves[i] for t in group]) for i in (0, 1)]
+    initial = torch.cat([torch.full_like(t.learnt, t.hess_init) for t in group])
+    moved = ((learnt / initial - 1).abs() > _MOVED).float().mean().item()
+    seen = exact > 0
+    if not seen.any():
+        return [len(exact), 0.0, None, None, None, None, moved]
+    single = [rank_correlation(t.learnt[t.exact > 0], t.exact[t.exact > 0]) for t in group]
+    known = [s for s in single if s is not None]
+    return [
+        len(exact),
+        seen.float().mean().item(),
+        rank_correlation(learnt[seen], exact[seen]),
+        statistics.median(known) if known else None,
+        rank_correlation(halves[0][seen], halves[1][seen]),
+        (learnt[seen].double().sum() / exact[seen].double().sum()).item(),
+        moved,
+    ]
+
+
+def pick(tensor: Tensor) -> Tensor:
+    """Return evenly spaced weights of a tensor, all of a small one."""
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, len(flat) // _MAX_WEIGHTS)].clone()
+
+
+def exact_hessians(model: Any, rows: Any, collator: Any, examples: int) -> list[dict[str, Tensor]]:
+    """Return the Gauss-Newton diagonals of two halves of some evenly spaced examples."""
+    chosen = [i * len(rows) // examples for i in range(examples)]
+    found = []
+    for half in (chosen[::2], chosen[1::2]):
+        loader = DataLoader(rows.select(half), batch_size=8, collate_fn=collator)
+        # Next to no prior: it would swallow the small curvatures that are taken out of the variances again.
+        posterior = estimate_posterior(model, loader, estimator="ggn", weight_decay=1e-20)
+        found.append({name: posterior.hess(name) for name in posterior.names()})
+    return found
+
+
+def compare(learnt: Mapping[str, Tensor], halves: list[dict[str, Tensor]], hess_init: Any) -> dict[str, Tensors]:
+    """Return the weights to compare, by tensor name."""
+    first, second = halves
+    return {
+        name: Tensors(pick(h), pick((first[name] + second[name]) / 2), (pick(first[name]), pick(second[name])),
+                      hess_init(name))
+        for name, h in learnt.items()
+    }  # fmt: skip
+
+
+def measure(glue: run_glue.GlueArguments, args: IVONTrainingArguments, own: argparse.Namespace) -> dict[str, Any]:
+    """Return rows of both tables for a finished run."""
+    directory = args.output_dir
+    if not posterior_files(Path(directory)):
+        raise common.RecipeError(f"`output_dir` must hold a posterior, got {directory!r}. Train with --optim ivon.")
+    glue.model_name_or_path = directory
+    model, _, train, validation, collator = run_glue.prepare(glue)
+    posterior = load_posterior(directory, model)
+    if not 2 <= own.examples <= len(train):
+        raise common.RecipeError(f"`examples` must be from 2 to the {len(train)} training rows, got {own.examples}.")
+    learnt = {name: posterior.hess(name) for name in posterior.names()}
+    halves = exact_hessians(model, train, collator, own.examples)
+    tensors = compare(learnt, halves, lambda name: posterior.config.of("hess_init", name))
+    layers: dict[str, list[Tensors]] = {}
+    for name, of_tensor in tensors.items():
+        layers.setdefault(layer_of(name), []).append(of_tensor)
+    rows = {layer: summary(group) for layer, group in layers.items()}
+    rows["overall"] = summary(list(tensors.values()))
+    loader = DataLoader(validation, batch_size=args.per_device_eval_batch_size, collate_fn=collator)
+    quality = {}
+    for num in [0, *own.samples]:
+        prediction = posterior_predict(model, posterior if num else None, loader, num_samples=num, seed=args.seed)
+        quality[f"{num} samples" if num else "mean"] = run_glue.evaluate(glue.task_name, prediction)
+    return {"layers": rows, "quality": quality}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train, measure, write `curvature.json` beside the posterior and print both tables."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(description="Compare the learnt Hessian with the exact one.")
+    parser.add_argument("--examples", type=int, default=512, help="training examples of the exact diagonal")
+    parser.add_argument("--samples", type=int, nargs="*", default=[16, 64], help="weight samples of the evaluations")
+    own, flags = parser.parse_args(argv[:split]), argv[split + 1 :]
+    glue, args = common.parse_args((run_glue.GlueArguments, IVONTrainingArguments), flags)
+    if not (Path(args.output_dir) / "results.json").is_file():
+        with contextlib.redirect_stdout(sys.stderr):
+            run_glue.main([*flags, "--eval_num_samples", "0"])
+    results = measure(glue, args, own)
+    file = Path(args.output_dir) / "curvature.json"
+    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    header = ["layer", "weights", "seen", "rank corr.", "by tensor", "halves", "learnt/exact", "moved"]
+    print(common.table([[layer, *row] for layer, row in results["layers"].items()], header))
+    metrics = list(results["quality"]["mean"])
+    print(common.table([[name, *q.values()] for name, q in results["quality"].items()], [glue.task_name, *metrics]))
+    return results
+
+
+if __name__ == "__main__":
+    common.main_guard(main)
