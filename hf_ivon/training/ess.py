@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -108,22 +108,24 @@ def resolve_ess(trainer: Trainer, size: TrainingSize | None) -> float:
     return float(size.ess)
 
 
-def resolve_batch_size(trainer: Trainer, size: TrainingSize | None, hess_approx: str) -> float:
-    """Return what ``batch_size=auto`` stands for: what the loss of an optimizer step averages over.
+def resolve_batch_size(trainer: Trainer, size: TrainingSize | None, options: Mapping[str, Any]) -> float:
+    """Return `batch_size`; ``"auto"`` stands for what the loss of an optimizer step averages over.
 
     Args:
         trainer: The Trainer.
         size: What `training_size` returned for it.
-        hess_approx: The Hessian estimator; only ``"fisher"`` uses the number.
+        options: IVON's; `batch_size` and `hess_approx` are read, and only ``"fisher"`` uses the former.
 
     Returns:
-        Number of examples, or of label tokens in an average batch, of all processes and micro-batches together; 1 for
-        the other estimators.
+        The number given; or that of examples, or of label tokens in an average batch, of all processes and
+        micro-batches together, 1 for the estimators that do not use it.
 
     Raises:
         ValueError: If the training set has no length, or is empty.
     """
-    if hess_approx != "fisher":
+    if options["batch_size"] != "auto":
+        return options["batch_size"]
+    if options["hess_approx"] != "fisher":
         return 1.0
     if size is None or size.ess <= 0:
         raise ValueError(

@@ -123,8 +123,7 @@ class IVONTrainerMixin:
         self._size = training_size(self)
         if options["ess"] == "auto":
             options["ess"] = resolve_ess(self, self._size)
-        if options["batch_size"] == "auto":
-            options["batch_size"] = resolve_batch_size(self, self._size, options["hess_approx"])
+        options["batch_size"] = resolve_batch_size(self, self._size, options)
         return options
 
     def training_step(
