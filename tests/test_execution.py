@@ -51,6 +51,7 @@ OPTIONS = {
     "clip": {"clip_radius": 1e-2},
     "prior": {"prior_mean": "init"},
     "gradsq": {"hess_approx": "gradsq"},
+    "fisher": {"hess_approx": "fisher", "batch_size": 16.0},
     "accumulation": {"contexts": 3},
     "weight": {"weight": 0.25},
 }
