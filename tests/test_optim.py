@@ -457,7 +457,7 @@ BAD = {
     "clip_radius": 0.0,
     "rescale_lr": "yes",
     "debias": 1,
-    "hess_approx": "fisher",
+    "hess_approx": "ggn",
     "prior_mean": "mean",
     "seed": -1,
 }
