@@ -274,7 +274,7 @@ def test_a_compiled_pass_is_one_loop_without_temporaries(name, reads, writes):
     arguments = {
         "sample": (*apart, words, 10.0, 1e-3),
         "take_product": (a, b, c, 1.0),
-        "update": (a, b, c, d, e, None, *UpdateOptions(10.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True)),
+        "update": (a, b, c, d, e, None, *UpdateOptions(10.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True, False)),
     }
     torch._dynamo.reset()
     function = {"sample": execution._sample_whole, "take_product": passes.take_product, "update": passes.update}[name]
