@@ -1,0 +1,103 @@
+"""The recipe on calibration and out-of-domain detection, end to end on tiny models."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from recipes import ood_study
+from recipes.common import RecipeError
+from tests.test_run_glue import WORDS, model_dir
+
+__all__ = ["model_dir"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A training and a test file in sst2's columns, and texts of another domain, one of which is trained on."""
+    texts = {
+        "train": [f"{WORDS[i % 9]} film {i}" for i in range(16)],
+        "test": [f"{WORDS[i % 9]} book {i}" for i in range(12)],
+        "other": ["the the the", *[f"not {i} a" for i in range(8)], "GOOD  film, 0!"],
+    }
+    for name, sentences in texts.items():
+        column = "text" if name == "other" else "sentence"
+        rows = [{column: sentence, "label": i % 2} for i, sentence in enumerate(sentences)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def run(files, model_dir, *flags):
+    arguments = ["--train_file", str(files / "train.jsonl"), "--test_file", str(files / "test.jsonl")]
+    arguments += ["--ood", f"other={files / 'other.jsonl'}", "--model_name_or_path", str(model_dir)]
+    arguments += ["--output_dir", str(files / "out"), "--members", "2", "--max_length", "16"]
+    arguments += [
+        "--ivon",
+        "--learning_rate 0.1 --ivon_ess 1e3",
+        *flags,
+        "--",
+        "--max_steps",
+        "2",
+        "--use_cpu",
+        "true",
+    ]
+    ood_study.main([*arguments, "--per_device_train_batch_size", "4", "--report_to", "none"])
+    return json.loads((files / "out" / "results.json").read_text())
+
+
+def test_every_method_is_measured_on_the_same_rows_and_nothing_is_trained_twice(files, model_dir, capsys):
+    """A method that is left out, or gets other rows, would be compared wrongly."""
+    rows = run(files, model_dir)
+    assert list(rows) == [
+        "AdamW",
+        "MC dropout, 16 passes",
+        "ensemble of 2",
+        "IVON at the mean",
+        *(f"IVON, {n} samples" for n in ood_study.SAMPLES),
+        "Multi-IVON of 2, 16 samples each",
+    ]
+    assert all({"accuracy", "nll", "ece", "brier", "other auroc", "other fpr95"} <= set(row) for row in rows.values())
+    kept = [json.loads(line)["sentence"] for line in (files / "out" / "other.jsonl").open()]
+    assert len(kept) == 9
+    assert "GOOD  film, 0!" not in kept, "a training text is not out of domain"
+    stamps = {f: f.stat().st_mtime_ns for f in (files / "out").rglob("*.safetensors")}
+    again = run(files, model_dir)
+    assert stamps == {f: f.stat().st_mtime_ns for f in (files / "out").rglob("*.safetensors")}
+    for name, row in rows.items():
+        assert {k: v for k, v in again[name].items() if k != "seconds"} == {
+            k: v for k, v in row.items() if k != "seconds"
+        }, name
+    assert "Multi-IVON" in capsys.readouterr().out
+
+
+class Dropped(nn.Module):
+    """Logits through dropout; batch normalization, which must not see training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.dropout = nn.BatchNorm1d(2), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return type("Output", (), {"logits": self.dropout(self.norm(x))})
+
+
+def test_dropout_is_on_and_nothing_else_is():
+    """MC dropout with dropout off is the plain model; with statistics of the batch it is another one."""
+    model = Dropped().eval()
+    batches = [{"x": torch.tensor([[2.0, -1.0]]), "labels": torch.tensor([0])}]
+    averaged = ood_study.with_dropout(model, batches, 4000).probabilities
+    scale = (1.0 + model.norm.eps) ** -0.5
+    logits = torch.tensor([[a, b] for a in (4.0 * scale, 0.0) for b in (-2.0 * scale, 0.0)], dtype=torch.float64)
+    expected = logits.softmax(-1).mean(0)  # each unit is kept, and doubled, half of the time
+    # The probabilities have a standard deviation of 0.2, so that 0.02 is 6 standard errors of 4,000 passes.
+    torch.testing.assert_close(averaged[0], expected, rtol=0.0, atol=0.02)
+    assert not model.training
+    assert not model.dropout.training
+    assert torch.equal(model.norm.running_mean, torch.zeros(2))
+
+
+def test_a_file_without_a_name_is_refused(files, model_dir):
+    """Columns of the table are named after the files."""
+    with pytest.raises(RecipeError, match="takes NAME=FILE"):
+        run(files, model_dir, "--ood", "other.jsonl")
