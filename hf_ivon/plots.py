@@ -214,6 +214,47 @@ def entropy_histograms(
     return _finish(figure, axes, path, title)
 
 
+def metric_by_samples(
+    curves: Mapping[str, Mapping[int, float]],
+    path: str | PathLike[str],
+    *,
+    ylabel: str,
+    references: Mapping[str, float] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Draw how a metric gets better with the number of weight samples, as in Figure 4 of the paper.
+
+    Args:
+        curves: Name to metric by number of samples, at least 1.
+        path: Where to; the ending says the format.
+        ylabel: The metric, with its unit.
+        references: Name to the metric of what takes no samples, such as the mean; drawn as level lines.
+        title: Heading; None is none.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    if not curves or not all(curves.values()):
+        raise ValueError("`curves` must hold a metric for some numbers of samples, got none. Predict first.")
+    figure, axes = _axes(width=6.0, height=3.8)
+    styles = itertools.cycle(_STYLES)
+    for (name, by_number), (colour, dashes, marker) in zip(curves.items(), styles, strict=False):
+        points = sorted(by_number.items())
+        axes.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, marker=marker, markersize=5, label=name)
+    for (name, value), (colour, dashes, _) in zip((references or {}).items(), styles, strict=False):
+        axes.axhline(value, color=colour, linestyle=dashes, linewidth=1.2, label=name)
+    axes.set_xscale("log", base=2)
+    numbers = sorted({number for by_number in curves.values() for number in by_number})
+    axes.set_xticks(numbers, [str(number) for number in numbers])
+    axes.minorticks_off()
+    axes.set_xlabel("Weight samples")
+    axes.set_ylabel(ylabel)
+    return _finish(figure, axes, path, title)
+
+
 def trade_offs(
     points: Sequence[Mapping[str, float]], best: Sequence[bool], path: str | PathLike[str], *, title: str | None = None
 ) -> Path:

@@ -9,7 +9,7 @@ Trains members with AdamW and with IVON, one seed each, and compares on the test
 dropout left on (MC dropout), the ensemble of all; one IVON model at its mean and averaged over weight samples, and the
 mixture of all (Multi-IVON). Each other file is to be told from the test file by the entropy of the predictions. Of it,
 rows whose text is trained on are left out. What is trained is kept; what stands after `--` goes to `run_glue.py`, for
-both optimizers.
+both optimizers. `samples.png` shows the likelihood by number of samples, as Figure 4.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, set_seed
 from hf_ivon import Mixture
 from hf_ivon.data import load_batches, load_model, metrics_of
 from hf_ivon.metrics import out_of_domain_detection
+from hf_ivon.plots import metric_by_samples
 from hf_ivon.posterior import Posterior
 from hf_ivon.predict import Prediction, posterior_predict
 
@@ -164,6 +165,10 @@ def main(argv: list[str] | None = None) -> None:
     test = splits.pop("test")
     rows = {name: measure(predict, test, splits) for name, predict in methods(members).items()}
     common.write_results(str(arguments.output_dir), rows)
+    by_samples = {n: rows[f"IVON, {n} samples"]["nll"] for n in SAMPLES}
+    levels = {name: row["nll"] for name, row in rows.items() if name in ("AdamW", "IVON at the mean")}
+    path = arguments.output_dir / "samples.png"
+    metric_by_samples({"IVON, averaged": by_samples}, path, ylabel="Test NLL (nats)", references=levels)
     columns = list(next(iter(rows.values())))
     print(common.table([[name, *row.values()] for name, row in rows.items()], ["", *columns]))
 

@@ -69,6 +69,7 @@ def test_every_method_is_measured_on_the_same_rows_and_nothing_is_trained_twice(
             k: v for k, v in row.items() if k != "seconds"
         }, name
     assert "Multi-IVON" in capsys.readouterr().out
+    assert (files / "out" / "samples.png").stat().st_size > 0
 
 
 class Dropped(nn.Module):

@@ -8,7 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ivon.plots import entropy_histograms, reliability_diagram, sigma_per_layer, trade_offs, training_curves
+from hf_ivon.plots import (
+    entropy_histograms,
+    metric_by_samples,
+    reliability_diagram,
+    sigma_per_layer,
+    trade_offs,
+    training_curves,
+)
 from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig
 
@@ -160,3 +167,17 @@ def test_trade_offs_show_every_merge(tmp_path, figures, names):
     assert drawn == (4 if len(names) == 2 else 12)
     with pytest.raises(ValueError, match="`points` must hold metrics"):
         trade_offs([], [], tmp_path / "t.png")
+
+
+def test_metrics_are_drawn_at_their_numbers_of_samples_beside_what_takes_none(tmp_path, figures):
+    """A curve at the wrong places would say that fewer samples are enough."""
+    curves = {"IVON": {16: 0.3, 1: 0.5, 4: 0.4}}
+    metric_by_samples(curves, tmp_path / "a.png", ylabel="NLL (nats)", references={"mean": 0.45})
+    (axes,) = figures[0].axes
+    curve, level = axes.get_lines()
+    assert curve.get_xydata().tolist() == [[1, 0.5], [4, 0.4], [16, 0.3]]
+    assert set(level.get_ydata()) == {0.45}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "4", "16"]
+    assert curve.get_linestyle() != level.get_linestyle()
+    with pytest.raises(ValueError, match="Predict first"):
+        metric_by_samples({"IVON": {}}, tmp_path / "b.png", ylabel="NLL (nats)")
