@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_ivon.json_files import read_json, to_text
-from hf_ivon.posterior import Posterior, match_problems, mean_digest, posterior_keys
+from hf_ivon.mean import match_problems, mean_digest, posterior_keys
+from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig, config_problems
 from hf_ivon.tensor_files import TensorFiles
 

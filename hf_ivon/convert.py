@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from hf_ivon import functional
 from hf_ivon.json_files import read_json
-from hf_ivon.posterior import Posterior, match_problems, mean_digest, one_or_all, posterior_keys
+from hf_ivon.mean import match_problems, mean_digest, posterior_keys
+from hf_ivon.posterior import Posterior, one_or_all
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
 from hf_ivon.tensor_files import TensorFiles
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_ivon import functional
-from hf_ivon.posterior import Posterior, mean_digest, posterior_keys, unwrap
+from hf_ivon.mean import mean_digest, posterior_keys, unwrap
+from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
 from hf_ivon.predict import evaluation_mode, logits_of
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hf_ivon.mean import unwrap
 from hf_ivon.mixture import Mixture
-from hf_ivon.posterior import unwrap
 from hf_ivon.sampling import generator_seed
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from torch.func import functional_call
 from transformers import DynamicCache
 
 from hf_ivon.draws import check_samples, weight_samples, weights_lock
+from hf_ivon.mean import posterior_keys, unwrap
 from hf_ivon.mixture import Mixture
-from hf_ivon.posterior import Posterior, posterior_keys, unwrap
+from hf_ivon.posterior import Posterior
 from hf_ivon.predict import evaluation_mode
 
 # What every weight sample would need one of its own of: state beside its cache, and outputs other than logits.

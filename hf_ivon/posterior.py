@@ -5,10 +5,8 @@ The mean is not kept here: it is the model's own weights, in the model's own fil
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import sys
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ivon import distributed, functional
+from hf_ivon.mean import match_problems, mean_digest, posterior_keys
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
 
 if TYPE_CHECKING:
@@ -266,89 +265,3 @@ def _write(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for p, mean in reversed(saved):  # of two parameters on one storage, the first was saved before any write
             p.copy_(mean)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of DistributedDataParallel and `torch.compile`."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
-            model = compiled
-        else:
-            return model
-
-
-def posterior_keys(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the model's parameters by the name that their mean has in the model's own file.
-
-    Args:
-        model: Any module; wrappers of DDP and `torch.compile` are seen through. For a PEFT model only the adapter's
-            tensors are returned, by their names in `adapter_model.safetensors`.
-
-    Returns:
-        Name to parameter; tied parameters once.
-
-    Raises:
-        ValueError: If several adapters of a PEFT model are active: their files use the same names.
-    """
-    model = unwrap(model)
-    peft = sys.modules.get("peft")  # a PeftModel cannot exist unless peft was imported
-    named = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
-    if peft is None or not isinstance(model, peft.PeftModel):
-        return named
-    if len(model.active_adapters) != 1:
-        raise ValueError(
-            f"The model must have one active adapter, got {model.active_adapters!r}. Choose one with `set_adapter`."
-        )
-    by_storage = {(p.data_ptr(), p.shape): p for p in named.values()}
-    # "auto", the default of the last argument, asks the Hub for the base model's vocabulary, at every call.
-    adapter = peft.get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
-    keys: dict[nn.Parameter, str] = {}
-    for key, tensor in adapter.items():
-        p = by_storage.get((tensor.data_ptr(), tensor.shape))
-        if p is not None:
-            keys.setdefault(p, key)  # the file repeats tied tensors
-    return {key: p for p, key in keys.items()}
-
-
-def match_problems(expected: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Compare names and shapes.
-
-    Args:
-        expected: Name to something with a `shape`: what must be there.
-        present: Name to something with a `shape`: what is there; more than expected is fine.
-
-    Returns:
-        Problems, one string each, long lists shortened.
-    """
-    missing = sorted(set(expected) - set(present))
-    problems = []
-    if missing:
-        rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        problems.append(f"the model lacks {', '.join(f'`{name}`' for name in missing[:3])}{rest}")
-    for name in sorted(set(expected) & set(present)):
-        if tuple(expected[name].shape) != tuple(present[name].shape):
-            problems.append(
-                f"`{name}` has shape {tuple(expected[name].shape)} in the posterior and "
-                f"{tuple(present[name].shape)} in the model"
-            )
-    return problems
-
-
-def mean_digest(mean: Mapping[str, Tensor], names: Iterable[str] | None = None) -> str:
-    """Return a digest that pairs a posterior with the mean it belongs to.
-
-    Args:
-        mean: Tensors by name.
-        names: Which of them; None is all.
-
-    Returns:
-        SHA-256 over names, dtypes, shapes and raw bytes, in the order of names, as a hexadecimal string.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(mean if names is None else names):
-        tensor = distributed.full(mean[name]).cpu().contiguous()
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from hf_ivon.data import is_language_model
 from hf_ivon.draws import check_samples, weight_samples
-from hf_ivon.posterior import unwrap
+from hf_ivon.mean import unwrap
 
 if TYPE_CHECKING:
     from hf_ivon.mixture import Mixture

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from hf_ivon import Posterior, PosteriorConfig, save_posterior
+from hf_ivon.mean import mean_digest
 from hf_ivon.merge.files import Writer
-from hf_ivon.posterior import mean_digest
 from hf_ivon.tensor_files import TensorFiles
 
 try:

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from hf_ivon import Posterior, PosteriorConfig, load_posterior, save_posterior
 from hf_ivon.cli.main import app
 from hf_ivon.cli.merge import spread
+from hf_ivon.mean import mean_digest, posterior_keys
 from hf_ivon.merge import engine, merge, methods, rules
-from hf_ivon.posterior import mean_digest, posterior_keys
 from tests import tiny
 
 SIZES = (100, 300, 50)  # training examples of the models

@@ -98,7 +98,7 @@ def test_shared_tokens_do_not_change_by_the_union(models):
 def save_cut(model, directory, name):
     """Save a model whose vocabulary was cut, with the posterior's rows cut alike."""
     from hf_ivon import Posterior, load_posterior, save_posterior
-    from hf_ivon.posterior import mean_digest
+    from hf_ivon.mean import mean_digest
 
     posterior = load_posterior(directory / name)
     params = dict(model.named_parameters())

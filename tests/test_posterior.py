@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from hf_ivon.mean import mean_digest, posterior_keys
 from hf_ivon.optim import IVON
-from hf_ivon.posterior import Posterior, mean_digest, posterior_keys
+from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig, config_problems
 from tests import tiny
 

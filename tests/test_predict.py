@@ -11,8 +11,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_ivon.checkpoint import load_posterior
 from hf_ivon.draws import sample_generator
+from hf_ivon.mean import posterior_keys
 from hf_ivon.optim import IVON
-from hf_ivon.posterior import Posterior, posterior_keys
+from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig
 from hf_ivon.predict import posterior_predict
 

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_ivon.draws import sample_generator
-from hf_ivon.posterior import Posterior, posterior_keys
+from hf_ivon.mean import posterior_keys
+from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig
 from hf_ivon.predict import posterior_perplexity
 

@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel, TrainerCallback
 
 from hf_ivon import IVONTrainer, PosteriorFormatError, load_posterior
 from hf_ivon.checkpoint import posterior_files
-from hf_ivon.posterior import posterior_keys
+from hf_ivon.mean import posterior_keys
 from tests import tiny
 
 

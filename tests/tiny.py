@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from hf_ivon import IVONTrainingArguments
-from hf_ivon.posterior import Posterior, mean_digest, posterior_keys
+from hf_ivon.mean import mean_digest, posterior_keys
+from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig
 
 VOCABULARY = 29

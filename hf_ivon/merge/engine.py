@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hf_ivon.checkpoint import CONFIG_NAME, posterior_files
 from hf_ivon.json_files import write_json
+from hf_ivon.mean import mean_digest
 from hf_ivon.merge import report as reporting
 from hf_ivon.merge.adapters import fold, merge_products
 from hf_ivon.merge.files import Checkpoint, Writer, replace_in_header
@@ -25,7 +26,6 @@ from hf_ivon.merge.heads import write_heads
 from hf_ivon.merge.plan import NEEDS_POSTERIOR, Plan, make_plan
 from hf_ivon.merge.rules import merged_blocks, start_trust
 from hf_ivon.merge.vocabulary import write_tokenizer
-from hf_ivon.posterior import mean_digest
 from hf_ivon.posterior_config import library_versions
 from hf_ivon.tensor_files import Entry, TensorFiles
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_ivon.posterior import unwrap
+from hf_ivon.mean import unwrap
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -21,8 +21,9 @@ from hf_ivon import distributed
 from hf_ivon.averaging import ScoreAverage
 from hf_ivon.checkpoint import load_posterior, posterior_files, save_posterior
 from hf_ivon.hub import write_card
+from hf_ivon.mean import posterior_keys
 from hf_ivon.optim import IVON
-from hf_ivon.posterior import Posterior, posterior_keys
+from hf_ivon.posterior import Posterior
 from hf_ivon.training.accelerate import grad_scale, unwrap_ivon
 from hf_ivon.training.arguments import IVONTrainingArguments, check_supported
 from hf_ivon.training.ess import TrainingSize, resolve_batch_size, resolve_ess, training_size
