@@ -21,7 +21,7 @@ from hf_ivon.json_files import read_json, to_text
 from hf_ivon.mean import match_problems, mean_digest, posterior_keys
 from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig, config_problems
-from hf_ivon.tensor_files import TensorFiles
+from hf_ivon.tensor_files import Entry, TensorFiles, headers
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,66 @@ _PATTERN = "posterior{suffix}.safetensors"
 
 class PosteriorFormatError(ValueError):
     """A posterior's files cannot be read, or do not belong together; the message names all problems."""
+
+
+class Variances(TensorFiles):
+    """A posterior's variances in its files: each is read when it is asked for, and checked when it is first read.
+
+    Nothing that was read is kept. The files must stay as they were when they were opened: a posterior that is half of
+    one save and half of another would be wrong in a way that nothing shows.
+
+    Args:
+        directory: A directory with the posterior's files.
+        problems: Where to say what is wrong with them.
+    """
+
+    def __init__(self, directory: Path, problems: list[str]) -> None:
+        super().__init__(directory, "posterior", problems)
+        self._directory = directory
+        self._versions = {path: _version(path) for path in {entry.path for entry in self.entries.values()}}
+        self._checked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._read(name)
+        if problems := self._value_problems(name, tensor):
+            raise PosteriorFormatError(_unusable(self._directory, problems))
+        return tensor
+
+    def value_problems(self) -> list[str]:
+        """Read all tensors, one at a time, and return what is wrong with their values."""
+        return [problem for name in self.entries for problem in self._value_problems(name, self._read(name))]
+
+    def _value_problems(self, name: str, tensor: Tensor) -> list[str]:
+        problems = [] if name in self._checked else variance_problems(name, tensor)
+        if not problems:
+            self._checked.add(name)
+        return problems
+
+    def _read(self, name: str) -> Tensor:
+        path = self.entries[name].path
+        try:
+            if _version(path) == self._versions[path]:
+                return super().__getitem__(name)
+        except (SafetensorError, OSError) as err:  # a disk that fails, or a file that is gone; the headers were read
+            raise PosteriorFormatError(
+                f"The posterior in {str(self._directory)!r} cannot be read: {err}. Copy it again."
+            ) from err
+        raise PosteriorFormatError(
+            f"The posterior in {str(self._directory)!r} must stay as it was opened, but {path.name} was written again "
+            f"since. Load it again."
+        )
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _unusable(directory: Path, problems: list[str]) -> str:
+    return (
+        f"The posterior in {str(directory)!r} cannot be used: {'; '.join(problems)}. "
+        f"Save it again from training, or download the complete checkpoint."
+    )
 
 
 def posterior_files(directory: str | os.PathLike[str]) -> list[Path]:
@@ -64,8 +124,14 @@ def save_posterior(
         The files written.
 
     Raises:
-        ValueError: If there is no variance, or one is not positive or not finite; nothing is written then.
+        ValueError: If there is no variance, or one is not positive or not finite, or the posterior is a part
+            that was made without its mean; nothing is written then.
     """
+    if posterior.is_part:
+        raise ValueError(
+            "The posterior must say which mean it belongs to, but it is a part made without a mean. Save the whole "
+            "posterior, or pass the model that holds the mean to `restrict`."
+        )
     tensors = {name: posterior.variance[name].detach().float().contiguous().cpu() for name in posterior.names()}
     problems = [problem for name, tensor in tensors.items() for problem in variance_problems(name, tensor)]
     if not tensors:
@@ -100,13 +166,18 @@ def save_posterior(
     return sorted(pending)
 
 
-def load_posterior(directory: str | os.PathLike[str], model: nn.Module | None = None) -> Posterior:
-    """Read a posterior and check all that its files say.
+def load_posterior(
+    directory: str | os.PathLike[str], model: nn.Module | None = None, *, check_values: bool = True
+) -> Posterior:
+    """Open a posterior and check all that its files say; its tensors are read when they are used, and not kept.
 
     Args:
-        directory: A directory with the posterior's files.
+        directory: A directory with the posterior's files, which must stay as they are while the posterior is in use.
         model: The model that holds the mean; names, shapes and the digest are checked against it. Without it they are
             checked against `model.safetensors` or `adapter_model.safetensors` in the directory, where there is one.
+        check_values: Read all files once, a tensor at a time, to check the variances and the digest of the mean in the
+            directory. If False only configurations and headers are read, and the variances of a tensor are checked
+            when it is first used; the digest is then checked against `model` alone.
 
     Returns:
         The posterior, tensors on the CPU.
@@ -119,23 +190,17 @@ def load_posterior(directory: str | os.PathLike[str], model: nn.Module | None = 
     config, files = open_posterior(directory, problems)
     # The digest is over all tensors: with a file missing it would only repeat that in worse words.
     digest = None if config is None or problems else config.mean_digest
-    try:
-        variance = dict(files)
-    except (SafetensorError, OSError) as err:  # a disk that fails; the headers were read before
-        raise PosteriorFormatError(
-            f"The posterior in {str(directory)!r} cannot be read: {err}. Copy it again."
-        ) from err
-    problems += [p for name, tensor in variance.items() for p in variance_problems(name, tensor)]
-    problems += _mean_problems(directory, variance, digest, model)
+    if check_values:
+        problems += files.value_problems()
+    elif model is None:
+        digest = None
+    problems += _mean_problems(directory, files.entries, digest, model)
     if problems or config is None:
-        raise PosteriorFormatError(
-            f"The posterior in {str(directory)!r} cannot be used: {'; '.join(problems)}. "
-            f"Save it again from training, or download the complete checkpoint."
-        )
-    return Posterior(variance, config)
+        raise PosteriorFormatError(_unusable(directory, problems))
+    return Posterior(files, config)
 
 
-def open_posterior(directory: Path, problems: list[str]) -> tuple[PosteriorConfig | None, TensorFiles]:
+def open_posterior(directory: Path, problems: list[str]) -> tuple[PosteriorConfig | None, Variances]:
     """Read a posterior's configuration and its files' headers, but no tensor.
 
     Args:
@@ -149,7 +214,7 @@ def open_posterior(directory: Path, problems: list[str]) -> tuple[PosteriorConfi
     wrong = [] if values is None else config_problems(values)
     problems += [f"{CONFIG_NAME}: {problem}" for problem in wrong]
     config = None if values is None or wrong else PosteriorConfig.from_dict(values)
-    files = TensorFiles(directory, "posterior", problems)
+    files = Variances(directory, problems)
     for file, metadata in files.metadata.items():
         if config is not None and metadata.get("mean_digest") != config.mean_digest:
             problems.append(f"{file} and {CONFIG_NAME} are from different saves (their `mean_digest` differs)")
@@ -175,7 +240,7 @@ def variance_problems(name: str, tensor: Tensor) -> list[str]:
 
 
 def _mean_problems(
-    directory: Path, variance: Mapping[str, Tensor], digest: str | None, model: nn.Module | None
+    directory: Path, variance: Mapping[str, Entry], digest: str | None, model: nn.Module | None
 ) -> list[str]:
     """Compare a posterior with the mean it should belong to, if that is at hand; without `digest` names and shapes."""
     problems: list[str] = []
@@ -195,8 +260,8 @@ def _mean_problems(
                 str(directory),
                 len(variance) - len(shared),
             )
-            return match_problems(shared, mean)
-        problems = match_problems(variance, mean)
+            return match_problems(shared, headers(mean))
+        problems = match_problems(variance, headers(mean))
         if not problems and digest is not None and mean_digest(mean, variance) != digest:
             problems.append(
                 "the mean beside it is not the one it belongs to (its digest differs: the weights were changed, "
@@ -207,7 +272,7 @@ def _mean_problems(
     return problems
 
 
-def _mean_beside(directory: Path, variance: Mapping[str, Tensor], problems: list[str]) -> Mapping[str, Tensor] | None:
+def _mean_beside(directory: Path, variance: Mapping[str, Entry], problems: list[str]) -> Mapping[str, Tensor] | None:
     """Return the tensors of the model or adapter in the directory that shares most names; None if there is none."""
     means = []
     for stem in ("adapter_model", "model"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_ivon.mean import posterior_keys
 from hf_ivon.posterior import Posterior, write_back
+from hf_ivon.tensor_files import TensorFiles, headers
 
 
 class Mixture:
@@ -50,7 +51,7 @@ class Mixture:
     def from_pretrained(
         cls, directories: Sequence[str | PathLike[str]], weights: Sequence[float] | None = None
     ) -> Mixture:
-        """Open checkpoints, each with its posterior if it has one; means are read when they are used.
+        """Open checkpoints, each with its posterior if it has one; tensors are read when they are used.
 
         Args:
             directories: Checkpoint directories of one kind of model, or of adapters of one base.
@@ -63,7 +64,6 @@ class Mixture:
             ValueError: If a checkpoint cannot be read.
         """
         from hf_ivon.checkpoint import load_posterior, posterior_files
-        from hf_ivon.tensor_files import TensorFiles
 
         means, posteriors = [], []
         for directory in map(Path, directories):
@@ -122,7 +122,8 @@ class Mixture:
         if component is None:
             component = int(torch.multinomial(torch.tensor(self.weights), 1, generator=generator))
         params, mean, posterior = posterior_keys(model), self.means[component], self.posteriors[component]
-        wrong = [n for n, p in params.items() if n not in mean or mean[n].shape != p.shape]
+        there = headers(mean)
+        wrong = [n for n, p in params.items() if n not in there or tuple(there[n].shape) != tuple(p.shape)]
         if wrong:
             raise ValueError(
                 f"Component {component} must have all parameters of the model in their shapes, but lacks "

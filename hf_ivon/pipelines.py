@@ -108,7 +108,7 @@ def _read_posterior(place: str, model: Any, kwargs: dict[str, Any]) -> Posterior
     where |= {k: kwargs[k] for k in ("revision", "token") if k in kwargs}
     # Loaded in another dtype, or quantized, the mean is no longer the one that the posterior was saved with.
     as_saved = kwargs.get("dtype", "auto") == "auto" and not set(own) - set(where)
-    return Posterior.from_pretrained(place, model if as_saved else None, **where)
+    return Posterior.from_pretrained(place, model if as_saved else None, check_values=True, **where)
 
 
 class _AveragedBatches:

@@ -120,7 +120,8 @@ def sigma_per_layer(posterior: Posterior, path: str | PathLike[str], *, title: s
     quantiles = []
     for names in layers.values():
         stride = math.ceil(sum(posterior.variance[name].numel() for name in names) / _MAX_ELEMENTS)
-        sigma = torch.cat([posterior.variance[name].flatten()[::stride].sqrt() for name in names]).numpy()
+        kept = [posterior.variance[name].flatten()[::stride] for name in names]
+        sigma = torch.cat([v.float().cpu().sqrt() for v in kept]).numpy()
         quantiles.append(np.quantile(sigma, (0.01, 0.5, 0.99)))
     low, middle, high = np.stack(quantiles, axis=1)
     figure, axes = _axes(width=7.0, height=1.6 + 0.27 * len(layers))

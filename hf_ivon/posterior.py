@@ -6,7 +6,7 @@ The mean is not kept here: it is the model's own weights, in the model's own fil
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from hf_ivon import distributed, functional
 from hf_ivon.mean import match_problems, mean_digest, posterior_keys
+from hf_ivon.parts import config_of_part, converted, names_below
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
+from hf_ivon.tensor_files import TensorFiles, headers
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -31,12 +33,17 @@ class Posterior:
     Args:
         variance: Variance σ² by tensor name, in its shape, fp32, param². The names are those of the mean's own
             file: parameter names, or for an adapter the names in `adapter_model.safetensors`.
+            Tensors in files, as `load_posterior` finds them, are read when they are used, and not kept.
         config: What the variances were learnt with.
+
+    Attributes:
+        is_part: Whether `config.mean_digest` is over more tensors than there are here, after `restrict`.
     """
 
     def __init__(self, variance: Mapping[str, Tensor], config: PosteriorConfig) -> None:
-        self.variance = dict(variance)
+        self.variance = variance if isinstance(variance, TensorFiles) else dict(variance)
         self.config = config
+        self.is_part = False
 
     def names(self) -> list[str]:
         """Return the tensors' names, sorted."""
@@ -44,16 +51,78 @@ class Posterior:
 
     def std(self, name: str) -> Tensor:
         """Return the standard deviation of one tensor, in its shape, param."""
-        return self.variance[name].sqrt()
+        return self._variance(name).sqrt()
 
     def precision(self, name: str) -> Tensor:
         """Return the inverse variance of one tensor, in its shape, 1/param²."""
-        return self.variance[name].reciprocal()
+        return self._variance(name).reciprocal()
 
     def hess(self, name: str) -> Tensor:
         """Return the Hessian estimate of one tensor, in its shape, loss/param² per example."""
         ess, weight_decay = self.config.of("ess", name), self.config.of("weight_decay", name)
-        return functional.posterior_hess(self.variance[name], ess=ess, weight_decay=weight_decay)
+        return functional.posterior_hess(self._variance(name), ess=ess, weight_decay=weight_decay)
+
+    def _variance(self, name: str) -> Tensor:
+        """Return the variance of one tensor in the precision that it is computed with: fp32, or fp64 if it is that."""
+        variance = self.variance[name]
+        return variance.to(torch.promote_types(variance.dtype, torch.float32))
+
+    def to(self, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> Posterior:
+        """Return the posterior with its variances on another device or in another dtype; draws stay where the mean is.
+
+        Variances in files are all read. Whatever dtype they are kept in, they are computed with in fp32 or fp64, and
+        saved in fp32.
+
+        Args:
+            device: Where to; None is where they are.
+            dtype: A floating-point dtype; None is the one they have. fp16 is too narrow for most posteriors.
+
+        Returns:
+            A new posterior.
+
+        Raises:
+            ValueError: If `dtype` is not floating-point, or a variance is outside of its normal numbers: it would
+                become 0 or inf, or lose most of its digits.
+        """
+        variance = {
+            name: (v if dtype is None else converted(name, v, dtype)).to(device) for name, v in self.variance.items()
+        }
+        moved = Posterior(variance, self.config)
+        moved.is_part = self.is_part
+        return moved
+
+    def restrict(self, parts: str | Iterable[str], model: nn.Module | None = None) -> Posterior:
+        """Return the posterior of a part of the model; its draws leave all other weights at their mean.
+
+        Args:
+            parts: Names of tensors, or of modules, which stand for all tensors below them, as in ``"classifier"`` or
+                ``["transformer.h.11", "lm_head"]``.
+            model: The model that holds the mean, needed only if the part shall be saved: the part then has a digest
+                of its own.
+
+        Returns:
+            A new posterior on the same tensors or files; nothing is read.
+
+        Raises:
+            ValueError: If a name is not there, or `model` does not hold the mean.
+        """
+        names, digest = names_below(parts, self.names()), self.config.mean_digest
+        if model is not None:
+            mean = posterior_keys(model)
+            problems = match_problems(headers(self.variance), mean)
+            if not problems and mean_digest(mean, self.names()) != digest:
+                problems.append("its digest is not that of the posterior's mean")
+            if problems:
+                raise ValueError(
+                    f"`model` must hold the mean, but {'; '.join(problems)}. Load it from the posterior's own "
+                    f"directory, and restrict the whole posterior, not a part."
+                )
+            digest = mean_digest(mean, names)
+        variance = self.variance
+        kept = variance.part(names) if isinstance(variance, TensorFiles) else {n: variance[n] for n in names}
+        part = Posterior(kept, config_of_part(self.config, names, digest))
+        part.is_part = model is None and (self.is_part or len(names) < len(variance))
+        return part
 
     def sample(
         self, mean: Mapping[str, Tensor], generator: torch.Generator | None = None, ess_scale: float = 1.0
@@ -71,8 +140,27 @@ class Posterior:
         Raises:
             ValueError: If a tensor is missing or has another shape, or `ess_scale` is not positive.
         """
+        return dict(self.sampled_tensors(mean, generator, ess_scale))
+
+    def sampled_tensors(
+        self, mean: Mapping[str, Tensor], generator: torch.Generator | None = None, ess_scale: float = 1.0
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Draw weights one tensor at a time: the draws of `sample`, without a second copy of the model in memory.
+
+        Args:
+            mean: Mean by tensor name, as for `sample`; of a mapping that reads files, such as `TensorFiles`, too, one
+                tensor is read at a time.
+            generator: Source of the noise, on the CPU; None is torch's global one. It moves on with each tensor.
+            ess_scale: Factor on the precision: above 1 the posterior is narrower than it was learnt.
+
+        Returns:
+            Pairs of name and draw, in the order of names.
+
+        Raises:
+            ValueError: If a tensor is missing or has another shape, or `ess_scale` is not positive; before any draw.
+        """
         self._check(mean, ess_scale)
-        return {name: theta for name, theta in self._draw(mean, generator, ess_scale)}
+        return self._draw(mean, generator, ess_scale)
 
     @contextmanager
     def sampled(
@@ -109,12 +197,13 @@ class Posterior:
     def _check(self, mean: Mapping[str, Tensor], ess_scale: float) -> None:
         if not ess_scale > 0:
             raise ValueError(f"`ess_scale` must be positive, got {ess_scale!r}. 1 is the posterior as it was learnt.")
-        if any(distributed.is_sharded(m) for m in mean.values()):
+        present = headers(mean)
+        if any(distributed.is_sharded(present[name]) for name in present):
             raise ValueError(
                 "The model must be whole to be sampled here, got sharded parameters. Use `sampled_params()` of the "
                 "optimizer that trains it, or load the saved model in one process."
             )
-        problems = match_problems(self.variance, mean)
+        problems = match_problems(headers(self.variance), present)
         if problems:
             raise ValueError(
                 f"The posterior must belong to the model, but {'; '.join(problems)}. Load the model from the "
@@ -126,11 +215,7 @@ class Posterior:
     ) -> Iterator[tuple[str, Tensor]]:
         """Draw tensor by tensor in the order of names, so that a draw does not depend on the model's device."""
         for name in self.names():
-            m = mean[name].detach()
-            std = (self.variance[name] / ess_scale).sqrt_()
-            noise = torch.randn(std.shape, generator=generator, dtype=std.dtype)
-            dtype = torch.promote_types(m.dtype, std.dtype)  # neither a bf16 nor an fp64 mean is rounded by the sum
-            yield name, (m.to(dtype) + noise.mul_(std).to(m.device)).to(m.dtype)
+            yield name, perturbed(mean[name], self._variance(name), generator, ess_scale)
 
     @classmethod
     def from_optimizer(
@@ -210,13 +295,20 @@ class Posterior:
         cls,
         name: str | PathLike[str],
         model: nn.Module | None = None,
+        *,
+        check_values: bool = False,
         **options: Any,
     ) -> Posterior:
-        """Read and check a posterior, from a directory or from the Hub, where only its own files are downloaded.
+        """Open a posterior, in a directory or from the Hub, where only its own files are downloaded.
+
+        Configuration, names and shapes are checked at once; a tensor is read when it is used, checked when that is for
+        the first time, and not kept.
 
         Args:
             name: A directory, or a repository's id.
             model: The model that holds the mean, to check the posterior against; see `load_posterior`.
+            check_values: Read all files once, to check all values and the mean in the directory now; see
+                `load_posterior`.
             options: Those of `hf_ivon.hub.download`, such as `revision`, `subfolder` and `token`.
 
         Returns:
@@ -229,7 +321,7 @@ class Posterior:
         from hf_ivon.checkpoint import load_posterior
         from hf_ivon.hub import download
 
-        return load_posterior(download(name, **options), model)
+        return load_posterior(download(name, **options), model, check_values=check_values)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload the posterior's files into a repository on the Hub, beside the mean that is there.
@@ -244,6 +336,14 @@ class Posterior:
         from hf_ivon.hub import upload
 
         return upload(self, repo_id, **options)
+
+
+def perturbed(mean: Tensor, variance: Tensor, generator: torch.Generator | None, ess_scale: float) -> Tensor:
+    """Return a draw of one tensor, in the dtype and on the device of the mean; its noise is drawn on the CPU."""
+    std = (variance / ess_scale).sqrt_()
+    noise = torch.randn(std.shape, generator=generator, dtype=std.dtype, device="cpu").to(std.device).mul_(std)
+    dtype = torch.promote_types(mean.dtype, std.dtype)  # neither a bf16 nor an fp64 mean is rounded by the sum
+    return (mean.detach().to(dtype) + noise.to(mean.device)).to(mean.dtype)
 
 
 def one_or_all(values: dict[str, float]) -> float | dict[str, float]:

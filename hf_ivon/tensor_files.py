@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -100,11 +101,20 @@ class TensorFiles(Mapping[str, Tensor]):
         with safe_open(self.entries[name].path, framework="pt") as file:
             return file.get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # the base class would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def part(self, names: Iterable[str]) -> Self:
+        """Return the same files with some of their tensors only."""
+        part = copy.copy(self)
+        part.entries = {name: self.entries[name] for name in names}
+        return part
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows of a tensor in its own dtype; a 0-dim tensor counts as one row."""
@@ -114,6 +124,11 @@ class TensorFiles(Mapping[str, Tensor]):
         # A file that stays open keeps the pages that were read of it: opened each time, memory stays small.
         with safe_open(entry.path, framework="pt") as file:
             return file.get_slice(name)[start:stop]
+
+
+def headers(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return something with a `shape` for each tensor; tensors in files are not read for it."""
+    return tensors.entries if isinstance(tensors, TensorFiles) else tensors
 
 
 def _read_index(path: Path, problems: list[str]) -> dict[str, set[str]]:

@@ -68,7 +68,7 @@ def run(
     from hf_ivon.predict import posterior_perplexity, posterior_predict
 
     model, tokenizer = load_checkpoint(model_name)
-    posterior = Posterior.from_pretrained(model_name, model)
+    posterior = Posterior.from_pretrained(model_name, model, check_values=True)
     batches = load_batches(file, model, tokenizer, **columns)
     if is_language_model(model):
         _only_for_classifiers("a language model", ood_data=ood_file, plots=plots, tolerance=tolerance or None)

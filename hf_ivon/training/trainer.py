@@ -322,7 +322,7 @@ class IVONTrainerMixin:
         ivon, best = self.ivon, self.state.best_model_checkpoint
         if ivon is None or not os.path.isdir(best):
             return
-        posterior = load_posterior(best, self.model)
+        posterior = load_posterior(best, self.model).to("cpu")  # read now: the checkpoint may be deleted
         with torch.no_grad():
             for name, p in posterior_keys(self.model).items():
                 if name in posterior.variance:
@@ -396,6 +396,5 @@ def _replace_posterior(source: Path, target: Path) -> None:
         temporary = target / f".{file.name}.tmp"
         shutil.copyfile(file, temporary)
         os.replace(temporary, target / file.name)
-    for file in posterior_files(target):
-        if file.name not in {f.name for f in files}:
-            file.unlink()
+    for file in set(posterior_files(target)) - {target / f.name for f in files}:
+        file.unlink()
