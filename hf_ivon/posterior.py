@@ -6,6 +6,7 @@ The mean is not kept here: it is the model's own weights, in the model's own fil
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from hf_ivon.optim import IVON
 
 logger = logging.getLogger(__name__)
+
+_LOG_2PI = math.log(2.0 * math.pi)
 
 
 class Posterior:
@@ -193,6 +196,30 @@ class Posterior:
             yield model
         finally:
             write_back(saved)
+
+    def log_prob(self, weights: Mapping[str, Tensor], mean: Mapping[str, Tensor], ess_scale: float = 1.0) -> float:
+        """Return the logarithm of the posterior's density at some weights.
+
+        Args:
+            weights: Weights by tensor name, such as `sample` draws them; every tensor of the posterior, in its shape.
+            mean: Mean by tensor name, alike.
+            ess_scale: Factor on the precision: above 1 the posterior is narrower than it was learnt.
+
+        Returns:
+            The density's natural logarithm, summed over all weights in fp64.
+
+        Raises:
+            ValueError: If a tensor is missing or has another shape, or `ess_scale` is not positive.
+        """
+        self._check(mean, ess_scale)
+        self._check(weights, ess_scale)
+        total = 0.0
+        with torch.no_grad():
+            for name in self.names():
+                variance = self._variance(name).double() / ess_scale
+                distance = weights[name].to(variance.device).double() - mean[name].to(variance.device).double()
+                total += float((distance.square() / variance + variance.log()).sum()) + variance.numel() * _LOG_2PI
+        return -0.5 * total
 
     def _check(self, mean: Mapping[str, Tensor], ess_scale: float) -> None:
         if not ess_scale > 0:

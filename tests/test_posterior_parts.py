@@ -314,3 +314,27 @@ def test_a_posterior_on_the_gpu_draws_what_it_draws_on_the_cpu():
     for device in ("cpu", "cuda"):
         draw = moved.sample(posterior_keys(model.to(device)), generator())
         assert all(torch.equal(draw[name].cpu(), expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("ess_scale", [1.0, 4.0])
+def test_log_prob_is_the_gaussian_density(ess_scale):
+    """Whoever compares posteriors, or reweights draws, needs the density itself; torch's is the reference."""
+    model, posterior = make()
+    mean = {name: p.detach() for name, p in model.named_parameters()}
+    weights = posterior.sample(mean, torch.Generator().manual_seed(0))
+    expected = sum(
+        torch.distributions
+        .Normal(mean[n].double(), (posterior.variance[n].double() / ess_scale).sqrt())
+        .log_prob(weights[n].double())
+        .sum()
+        for n in posterior.names()
+    )
+    assert posterior.log_prob(weights, mean, ess_scale) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_log_prob_of_other_weights_is_refused():
+    """A shape that broadcasts would give a number that means nothing."""
+    model, posterior = make()
+    mean = {name: p.detach() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="has shape"):
+        posterior.log_prob({**mean, "0.bias": torch.zeros(1)}, mean)
