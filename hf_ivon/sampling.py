@@ -106,7 +106,8 @@ class WeightSampler:
         else:
             mean = self.borrow(p)
             self._borrowed.add(p)
-            lanes = self._lanes_apart(p, weights, mean, hess)
+            # A compiled pass counts the noise from the tensor's beginning, which a shard does not have.
+            lanes = self._lanes_apart(p, weights, mean, hess) if weights.numel() == p.numel() else None
             if lanes is not None and self._execution.sample_compiled(weights, lanes, words, **options):
                 self.means[p] = mean
                 return

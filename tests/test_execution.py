@@ -255,6 +255,21 @@ def test_a_parameter_of_a_pack_without_gradient_keeps_its_mean():
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_a_shard_has_its_part_of_the_noise_where_passes_are_compiled(monkeypatch):
+    """Counted from the shard's beginning, all processes would draw the same noise for different weights."""
+    p = nn.Parameter(torch.zeros(4 * COMPILED_SIZE))
+    half = p.numel() // 2
+    monkeypatch.setattr(
+        sampling.distributed, "local", lambda t: t.detach()[half:] if t.numel() == p.numel() else t.detach()
+    )
+    monkeypatch.setattr(sampling.distributed, "shard_start", lambda t: half)
+    sampler = sampling.WeightSampler(execution.Execution(None, True))
+    group = {"ess": 1.0, "weight_decay": 0.0}
+    sampler.perturb([sampling.Draw(p, group, {"hess": torch.ones(p.shape)}, (1, 2), 3)])
+    words = torch.tensor(philox.noise_words((1, 2), 3))
+    torch.testing.assert_close(p.detach()[half:], philox.normal_range(half, p.numel(), p.numel(), words))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reads", "writes"),
