@@ -18,8 +18,9 @@ from hf_ivon.philox import noise_words, normal_range
 
 logger = logging.getLogger(__name__)
 
-# Columns of noise that are made at a time: their integers stay in the second-level cache.
-_COLUMNS = 2**15
+# Columns of noise that are made at a time: their integers stay in the second-level cache of a processor, and are small
+# beside a large tensor on an accelerator.
+_COLUMNS, _ACCELERATOR_COLUMNS = 2**15, 2**22
 # Below this size a compiled pass costs more to call than it saves.
 MIN_COMPILED = 2**15
 # A model with fewer trainable weights is trained before the compiler is done.
@@ -112,7 +113,7 @@ class Execution:
         if theta.dtype == mean.dtype and theta.numel() == total and theta.is_contiguous() and hess.is_contiguous():
             lanes = [_lanes(t) for t in (theta, mean, hess)]
             width = -(-total // 4)
-            step = _COLUMNS if theta.device.type == "cpu" else max(width, 1)
+            step = _COLUMNS if theta.device.type == "cpu" else _ACCELERATOR_COLUMNS
             for begin in range(0, width, step):
                 columns = torch.arange(begin, min(begin + step, width), device=theta.device)
                 parts = [[lane[begin : begin + step] for lane in tensor] for tensor in lanes]
