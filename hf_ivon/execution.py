@@ -195,6 +195,7 @@ class Compiled:
         """Run a pass; returns whether it ran: after a failure to compile, none does any more."""
         if self._failed:
             return False
+        args = tuple(float(a) if type(a) is int else a for a in args)  # whose value would be compiled in
         try:
             self._functions[name](*args)
         except Exception as error:  # of any kind: compilers are not part of torch

@@ -127,7 +127,7 @@ def update_momentum(momentum: Tensor, grad_hat: Tensor, *, beta1: float) -> Tens
         >>> update_momentum(torch.tensor([1.0]), torch.tensor([2.0]), beta1=0.5)
         tensor([1.5000])
     """
-    return torch.lerp(momentum, grad_hat, 1.0 - beta1)
+    return (grad_hat - momentum).mul_(1.0 - beta1).add_(momentum)
 
 
 def update_hess(hess: Tensor, hess_hat: Tensor, *, beta2: float, weight_decay: float) -> Tensor:
@@ -156,7 +156,8 @@ def update_hess(hess: Tensor, hess_hat: Tensor, *, beta2: float, weight_decay: f
     """
     change = (hess_hat - hess).mul_(1.0 - beta2)
     ratio = (hess + weight_decay).reciprocal_().mul_(change)
-    floor = -weight_decay + max(weight_decay * _RELATIVE_FLOOR, _ABSOLUTE_FLOOR)
+    delta = _number(weight_decay, hess)
+    floor = (delta * _RELATIVE_FLOOR).clamp_(min=_ABSOLUTE_FLOOR) - delta
     # h + change * (1 + ratio / 2): squares nothing, so that a large hess_hat overflows as late as it can.
     return ratio.mul_(0.5).add_(1.0).mul_(change).add_(hess).clamp_(min=floor)
 
@@ -206,7 +207,7 @@ def average_hess(hess: Tensor, hess_hat: Tensor, *, decay: float) -> Tensor:
         >>> average_hess(torch.tensor([1.0]), torch.tensor([4.0]), decay=0.5)
         tensor([2.5000])
     """
-    return torch.lerp(hess, hess_hat, 1.0 - decay)
+    return (hess_hat - hess).mul_(1.0 - decay).add_(hess)
 
 
 def newton_direction(
@@ -244,7 +245,13 @@ def newton_direction(
     """
     displacement = mean if prior_mean is None else mean - prior_mean
     direction = (momentum / debias).add_(displacement * weight_decay).div_(hess + weight_decay)
-    return direction.clamp_(-clip_radius, clip_radius)
+    bound = _number(clip_radius, direction)
+    return direction.clamp_(-bound, bound)
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    """Return a number as a tensor: as a bound of `clamp` a number is part of the compiled code, one code for each."""
+    return torch.ones((), dtype=like.dtype, device=like.device) * value
 
 
 def cache_sized(*tensors: Tensor, max_elements: int = 2**17) -> Iterator[tuple[Tensor, ...]]:

@@ -94,6 +94,9 @@ def update(
 ) -> None:
     """Run lines 3 to 7 of Algorithm 1.
 
+    No operation in it may branch on a number that a schedule changes, as `lerp` does on its weight: compiled, every
+    step would be compiled anew.
+
     Args:
         mean: Posterior mean. Written to.
         grad: Gradient of the step, shape of `mean`.

@@ -106,6 +106,24 @@ def test_compiled_passes_were_really_taken(caplog):
     assert calls == [params[0].shape]
 
 
+@torch._inductor.config.patch(force_disable_caches=True)  # code from the cache comes without the guards on numbers
+def test_numbers_that_change_are_not_compiled_in():
+    """Every step of a schedule, or every trial of a sweep, would compile anew, and after eight fall back to eager."""
+    torch._dynamo.reset()
+    trials = [{"lr": 0.1 / (i + 1), "clip_radius": 0.1 / (i + 1), "beta1": 0.5 + i / 50} for i in range(10)]
+    trials += [{"ess": 50 + i, "weight_decay": 1e-3 / (i + 1), "beta2": 0.9 + i / 200} for i in range(10)]
+    counts = []
+    for estimator in ("price", "fisher"):
+        for trial in trials:
+            params = [nn.Parameter(torch.ones(COMPILED_SIZE))]
+            options = {"lr": 0.1, "ess": 50.0, "hess_approx": estimator, "batch_size": 2.0, "fused": True, **trial}
+            train(params, IVON(params, **options), steps=2)
+            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert not execution.compiled("cpu")._failed
+    assert counts[1:20] == [counts[1]] * 19
+    assert counts[21:] == [counts[21]] * 19
+
+
 def test_without_a_compiler_training_goes_on_with_one_warning(monkeypatch, caplog):
     """`python:3.11-slim` has no C++ compiler; a person there needs to know, and to train."""
     expected = run(fused=False)

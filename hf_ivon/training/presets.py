@@ -1,0 +1,103 @@
+"""The Trainer's options of IVON: their defaults by preset, and how strings become values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+# What an option is when neither a flag, `optim_args` nor the preset sets it: the paper's finetuning (App. C.4).
+DEFAULTS: dict[str, Any] = {
+    "preset": "paper",
+    "ess": "auto",
+    "relative_sigma": None,
+    "hess_init": 1.0,
+    "beta1": 0.9,
+    "beta2": 0.99999,
+    "clip_radius": 1e-3,
+    "rescale_lr": True,
+    "debias": True,
+    "mc_samples": 1,
+    "hess_approx": "price",
+    "batch_size": "auto",
+    "prior_mean": "zero",
+    "prior_on": "all",
+    "seed": None,
+    "foreach": None,
+    "fused": None,
+}
+# Each preset over the defaults, with `learning_rate` and `weight_decay`. Evidence: recipes/PAPERS.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"learning_rate": 0.1, "weight_decay": 1e-5},
+    "finetuning": {
+        "learning_rate": 0.05,
+        "weight_decay": 1e-6,
+        "hess_approx": "fisher",
+        "beta2": 0.98,
+        "prior_mean": "init",
+        "relative_sigma": 0.15,
+    },
+    "pretraining": {
+        "learning_rate": 0.5,
+        "weight_decay": 1e-6,
+        "hess_init": 0.1,
+        "relative_sigma": 0.05,
+    },
+}
+_STRINGS = ("preset", "hess_approx", "prior_mean", "prior_on")
+_BOOLEANS = ("rescale_lr", "debias", "foreach", "fused")
+_INTEGERS = ("mc_samples", "seed")
+
+
+def parse(text: str | None) -> dict[str, Any]:
+    """Return the options that `optim_args` sets.
+
+    Args:
+        text: Of the form ``"key=value,..."``; None is nothing.
+
+    Returns:
+        Option name to value.
+
+    Raises:
+        ValueError: If a key is unknown or given twice, or a value has the wrong type.
+    """
+    options: dict[str, Any] = {}
+    for part in (text or "").replace(" ", "").split(","):
+        if not part:
+            continue
+        key, equals, value = part.partition("=")
+        if key not in DEFAULTS or not equals:
+            raise ValueError(
+                f"`optim_args` must be 'key=value,...' with keys {', '.join(sorted(DEFAULTS))}, got {part!r}. The "
+                f"learning rate and the prior precision are `learning_rate` and `weight_decay`."
+            )
+        if key in options:
+            raise ValueError(f"`optim_args` must give each option once, got {key} twice. Remove one of them.")
+        options[key] = convert(key, value)
+    return options
+
+
+def convert(key: str, value: Any) -> Any:
+    """Turn a string from the command line or a settings file into the type of the option.
+
+    Args:
+        key: Name of the option.
+        value: A string, or a value that has its type already.
+
+    Returns:
+        The value; ``"auto"`` stays what it is.
+
+    Raises:
+        ValueError: If the string is not of that type.
+    """
+    if not isinstance(value, str) or key in _STRINGS or value == "auto":
+        return value
+    if key in _BOOLEANS:
+        if value.lower() in ("true", "1", "yes", "false", "0", "no"):
+            return value.lower() in ("true", "1", "yes")
+        raise ValueError(f"`{key}` must be true or false, got {value!r}. Correct it.")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"`{key}` must be a number, got {value!r}. Correct it.") from None
+    whole = key in _INTEGERS and math.isfinite(number) and number == int(number)
+    return int(number) if whole else number
