@@ -41,6 +41,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "a positive number",
         "Pass the number of training examples, or of tokens for a language model.",
     ),
+    "temperature": (_positive, "a positive number", "1 is the paper's; smaller is a narrower posterior."),
+    "relative_sigma": (_non_negative, "a number of at least 0", "0.05 to 0.2 are usual; 0 is off."),
     "hess_init": (_positive, "a positive number", "Values from 1e-3 to 1 are usual."),
     "beta1": (_decay, "in [0, 1)", "0.9 is usual."),
     "beta2": (_decay, "in [0, 1)", "Values from 0.999 to 0.99999 are usual."),

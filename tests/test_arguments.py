@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ivon import IVONTrainingArguments
 from hf_ivon.training.arguments import check_supported
+from hf_ivon.training.presets import PRESETS
 
 CPU = ["--output_dir", "out", "--use_cpu", "--report_to", "none"]
 
@@ -47,8 +48,40 @@ def test_defaults_are_the_papers_finetuning_setting():
     assert (args.optim, args.learning_rate, args.weight_decay) == ("ivon", 0.1, 1e-5)
     expected = {"ess": "auto", "hess_init": 1.0, "beta1": 0.9, "beta2": 0.99999, "clip_radius": 1e-3, "mc_samples": 1}
     expected |= {"rescale_lr": True, "debias": True, "hess_approx": "price", "prior_mean": "zero", "prior_on": "all"}
-    expected |= {"batch_size": "auto"}
+    expected |= {"batch_size": "auto", "relative_sigma": 0.0, "temperature": 1.0, "foreach": None, "fused": None}
     assert args.ivon_options() == {**expected, "seed": args.seed}
+
+
+def test_presets_fill_what_is_not_set():
+    """`--ivon_preset` would not reach the optimizer, or would overrule what the user says."""
+    args = parse("--ivon_preset", "finetuning", "--ivon_beta1", "0.8", "--ivon_temperature", "0.1")
+    preset, options = PRESETS["finetuning"], args.ivon_options()
+    assert (args.learning_rate, args.weight_decay) == (preset["learning_rate"], preset["weight_decay"])
+    assert (options["hess_approx"], options["beta2"], options["beta1"]) == ("fisher", preset["beta2"], 0.8)
+    assert (options["ess"], options["temperature"], options["relative_sigma"]) == (
+        "auto",
+        0.1,
+        preset["relative_sigma"],
+    )
+    assert "preset" not in options
+    # Who gives what `relative_sigma` sets means it, also beside a preset.
+    for flags in (["finetuning", "--weight_decay", "1e-7"], ["pretraining", "--ivon_hess_init", "0.3"]):
+        args = parse("--ivon_preset", *flags)
+        assert args.ivon_options()["relative_sigma"] == 0
+    assert args.ivon_options()["hess_init"] == 0.3
+    again = dataclasses.replace(parse("--ivon_preset", "finetuning"), ivon_beta1=0.5)
+    assert again.ivon_options()["relative_sigma"] == preset["relative_sigma"]
+    written = parse("--optim_args", "preset=pretraining,fused=false")
+    assert written.learning_rate == PRESETS["pretraining"]["learning_rate"]
+    assert written.ivon_options()["fused"] is False
+    assert make().set_optimizer("ivon", args="preset=pretraining").learning_rate == written.learning_rate
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_in_range(preset):
+    """A preset would be refused by the optimizer after the model and data have been loaded."""
+    options = make(ivon_preset=preset).ivon_options()
+    assert options.keys() == make().ivon_options().keys()
 
 
 def test_another_optimizer_has_its_usual_defaults():
@@ -108,6 +141,15 @@ def test_optim_args_fill_the_same_options():
         ({"ivon_batch_size": "0"}, r"`ivon_batch_size` must be a positive number, got 0.0"),
         ({"ivon_prior_mean": "given"}, r"`ivon_prior_mean` must be 'zero' or 'init'"),
         ({"ivon_prior_on": "none"}, r"`ivon_prior_on` must be one of all, decay"),
+        ({"ivon_preset": "fast"}, r"`preset` must be one of paper, finetuning, pretraining, got 'fast'"),
+        ({"ivon_hess_init": 0.1, "ivon_relative_sigma": 0.1},
+         r"`relative_sigma` must be left out where `hess_init` is given, got 0.1 and 0.1: it sets that"),
+        ({"weight_decay": 0.1, "ivon_hess_approx": "fisher", "ivon_relative_sigma": 0.2},
+         r"`relative_sigma` must be left out where `weight_decay` is given, got 0.2 and 0.1"),
+        ({"ivon_ess": "1e7", "ivon_temperature": 0.1}, r"`temperature` must be left out where `ess` is a number"),
+        ({"ivon_relative_sigma": -1.0}, r"`ivon_relative_sigma` must be a number of at least 0, got -1.0\. 0.05"),
+        ({"ivon_temperature": 0.0}, r"`ivon_temperature` must be a positive number, got 0.0"),
+        ({"ivon_fused": "maybe"}, r"`fused` must be true or false, got 'maybe'"),
         ({"ivon_seed": -1}, r"`ivon_seed` must be an integer"),
         ({"learning_rate": -1.0}, r"`learning_rate` must be a number of at least 0"),
         ({"learning_rate": "fast"}, r"`learning_rate` must be a number, got 'fast'"),

@@ -170,7 +170,7 @@ def test_the_usual_weight_decay_of_zero_is_no_prior(tmp_path, auto, caplog):
     trainer = Trainer(model=tiny.gpt2(), args=arguments(tmp_path, weight_decay=0.0), train_dataset=tiny.text())
     trainer.train()
     assert trainer.posterior().config.weight_decay == 1e-5
-    assert "set to 1e-5" in caplog.text
+    assert "set to 1e-05" in caplog.text
 
 
 def test_what_cannot_be_right_is_refused(tmp_path, auto, monkeypatch):

@@ -171,3 +171,47 @@ def test_a_number_is_taken_as_it_is(tmp_path):
     counted.train()
     config = counted.posterior().config
     assert (config.ess, config.num_examples, config.num_tokens) == (50, 6, 6 * (tiny.LENGTH - 1))
+
+
+def test_temperature_divides_what_is_counted(tmp_path):
+    """A preset's lambda would be another than it says."""
+    assert resolved(trainer(tmp_path, tiny.bert(), tiny.sentences(21), ivon_temperature=0.1)) == pytest.approx(210)
+
+
+@pytest.mark.parametrize("approx", ["price", "fisher"])
+def test_relative_sigma_is_the_widest_sigma(tmp_path, approx):
+    """A preset's width would be another than it says, and one that is too wide destroys a pretrained model."""
+    model = tiny.bert()
+    size = torch.cat([p.detach().flatten() for p in model.parameters()]).square().mean().sqrt().item()
+    settings = {"ivon_relative_sigma": 0.1, "ivon_hess_approx": approx, "ivon_ess": 1e6, "ivon_hess_init": None}
+    settings |= {"weight_decay": None, "ivon_prior_on": "decay"}
+    made = trainer(tmp_path, model, tiny.sentences(21), **settings)
+    made.create_optimizer()
+    group, without_prior = made.ivon.param_groups
+    curvature = 0.0 if approx == "fisher" else group["hess_init"]
+    assert (1e6 * (curvature + group["weight_decay"])) ** -0.5 == pytest.approx(0.1 * size, rel=1e-6)
+    assert without_prior["weight_decay"] == 0
+    made.optimizer = None
+    made.create_optimizer()  # again, as a second `train()` does: what was set is no reason to refuse
+    assert made.ivon.param_groups[0]["weight_decay"] == group["weight_decay"]
+
+
+def test_relative_sigma_that_cannot_be_is_refused(tmp_path):
+    """The posterior would have no width, or a negative Hessian, and training end in NaN."""
+    settings = {"ivon_relative_sigma": 0.1, "ivon_hess_init": None, "ivon_ess": 1e6}
+    made = trainer(tmp_path, tiny.bert(), tiny.sentences(5), weight_decay=10.0, **settings)
+    with pytest.raises(ValueError, match=r"must be below 0\.0.* with ess=1e\+06 and weight_decay=10, got 0.1"):
+        made.create_optimizer()
+    made = trainer(tmp_path, tiny.bert(), tiny.sentences(5), **settings)
+    with torch.no_grad():
+        for p in made.model.parameters():
+            p.zero_()
+    with pytest.raises(ValueError, match="must be 0 with trained weights that are all zero, got 0.1"):
+        made.create_optimizer()
+
+
+def test_fused_reaches_the_optimizer(tmp_path):
+    """The warning of a missing compiler says to pass `fused=False`, which a Trainer's user could not."""
+    made = trainer(tmp_path, tiny.bert(), tiny.sentences(5), ivon_fused=False, ivon_foreach=False)
+    made.create_optimizer()
+    assert (made.ivon.defaults["fused"], made.ivon.defaults["foreach"]) == (False, False)

@@ -58,6 +58,51 @@ def test_evaluate_and_predict_average_scores(tmp_path, monkeypatch, config, func
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("settings", "draws"), [({}, 3), ({"preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)}, 6)]
+)
+def test_a_sample_holds_for_a_whole_pass(tmp_path, settings, draws):
+    """Each batch would draw all samples anew; or predictions be averaged that were processed before."""
+    data = tiny.sentences(24)
+    trainer, seen = trained(tmp_path, tiny.bert(), data, per_device_eval_batch_size=3)
+    for name, value in settings.items():
+        setattr(trainer, name, value)
+    weights, logits = [], []
+
+    def watch(model, args, output):
+        weights.append(model.classifier.weight.detach().clone())
+        logits.append(output.logits.double())
+
+    trainer.model.register_forward_hook(watch)
+    metrics = trainer.evaluate()
+    assert len(weights) == 6
+    assert len({tuple(w.flatten().tolist()) for w in weights}) == draws
+    assert (len(seen), metrics["eval_count"]) == (1, 6)
+    halves = (logits[::2], logits[1::2]) if draws == 3 else (logits[:3], logits[3:])
+    expected = torch.cat([torch.stack(half).softmax(-1).mean(0) for half in halves])
+    found = torch.as_tensor(seen[0].predictions)
+    if settings:
+        assert torch.equal(found, expected.argmax(-1))
+    else:
+        torch.testing.assert_close(found.double().softmax(-1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_metrics_see_inputs_and_losses(tmp_path):
+    """Metrics that use them would fail, or see those of the last sample alone."""
+    settings = {"include_for_metrics": ["inputs", "loss"], "per_device_eval_batch_size": 3}
+    trainer, seen = trained(tmp_path, tiny.bert(), tiny.sentences(24), **settings)
+    losses = []
+    trainer.model.register_forward_hook(lambda model, args, output: losses.append(output.loss.item()))
+    loss = trainer.evaluate()["eval_loss"]
+    assert len(seen) == 1
+    assert seen[0].inputs.shape[0] == 6
+    assert seen[0].losses.mean() == pytest.approx(sum(losses) / 6, rel=1e-5)
+    assert loss == pytest.approx(sum(losses) / 6, rel=1e-5)
+    assert trainer.compute_metrics is not None
+    trainer.evaluate()
+    assert len(seen) == 2, "the metrics were not put back"
+
+
 def test_evaluation_does_not_change_training(tmp_path):
     """Draws for evaluation must come from noise of their own, or whether one evaluates would change the result."""
     ends = []

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
 from hf_ivon.options import check_options
+from hf_ivon.training.presets import DEFAULTS, PRESETS, convert, parse
 
 logger = logging.getLogger(__name__)
 
-# What an option is when neither its flag nor `optim_args` sets it: the paper's finetuning setting (App. C.4).
-_DEFAULTS: dict[str, Any] = {
-    "ess": "auto",
-    "hess_init": 1.0,
-    "beta1": 0.9,
-    "beta2": 0.99999,
-    "clip_radius": 1e-3,
-    "rescale_lr": True,
-    "debias": True,
-    "mc_samples": 1,
-    "hess_approx": "price",
-    "batch_size": "auto",
-    "prior_mean": "zero",
-    "prior_on": "all",
-    "seed": None,
-}
 _PRIOR_ON = ("all", "decay")
 
 
@@ -52,13 +36,21 @@ class IVONTrainingArguments(TrainingArguments):
         metadata={"help": "The optimizer: 'ivon', or any name that Transformers knows (AdamW: adamw_torch)."},
     )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate. Default: 0.1 for ivon, 5e-5 for other optimizers."}
+        default=None,
+        metadata={"help": "Peak learning rate. Default: 0.1 for ivon (see ivon_preset), 5e-5 for other optimizers."},
     )
     weight_decay: float | None = field(
         default=None,
         metadata={
-            "help": "For ivon the prior precision per example, on every weight (see ivon_prior_on), default 1e-5; "
-            "for other optimizers the weight decay, default 0."
+            "help": "For ivon the prior precision per example, on every weight (see ivon_prior_on), default 1e-5 (see "
+            "ivon_preset); for other optimizers the weight decay, default 0."
+        },
+    )
+    ivon_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is not set by other flags: 'paper' (default, its setting for finetuning), 'finetuning' (a "
+            "Hessian that short runs learn), or 'pretraining' (from scratch). Sets learning_rate and weight_decay too."
         },
     )
     ivon_ess: str | None = field(
@@ -66,6 +58,17 @@ class IVONTrainingArguments(TrainingArguments):
         metadata={
             "help": "Effective sample size lambda, a number or 'auto' (default): what the loss averages over: the "
             "training examples, or for a language model the label tokens."
+        },
+    )
+    ivon_temperature: float | None = field(
+        default=None,
+        metadata={"help": "With ivon_ess=auto: lambda is what the loss averages over, divided by it, > 0. Default 1."},
+    )
+    ivon_relative_sigma: float | None = field(
+        default=None,
+        metadata={
+            "help": "The widest sigma over the root mean square of the trained weights, 0.05 to 0.2. Sets "
+            "ivon_hess_init, for 'fisher' weight_decay. Default 0: they are as given."
         },
     )
     ivon_hess_init: float | None = field(
@@ -115,6 +118,13 @@ class IVONTrainingArguments(TrainingArguments):
         },
     )
     ivon_seed: int | None = field(default=None, metadata={"help": "Seed of the weight noise. Default: seed."})
+    ivon_foreach: bool | None = field(
+        default=None, metadata={"help": "Work on small tensors together. Default: chosen by their sizes."}
+    )
+    ivon_fused: bool | None = field(
+        default=None,
+        metadata={"help": "Run the optimizer's passes compiled. Default: for more than 4 million trained weights."},
+    )
     ivon_eval_num_samples: int = field(
         default=0,
         metadata={"help": "Weight samples that evaluate and predict average over; 0, the default, is the mean."},
@@ -128,8 +138,9 @@ class IVONTrainingArguments(TrainingArguments):
                 IVON.
         """
         is_ivon = self.optim == "ivon"
-        self.learning_rate = _resolve("learning_rate", self.learning_rate, 0.1 if is_ivon else 5e-5)
-        self.weight_decay = _resolve("weight_decay", self.weight_decay, 1e-5 if is_ivon else 0.0)
+        preset = preset_of(self) if is_ivon else {"learning_rate": 5e-5, "weight_decay": 0.0}
+        self.learning_rate = _resolve("learning_rate", self.learning_rate, preset["learning_rate"])
+        self.weight_decay = _resolve("weight_decay", self.weight_decay, preset["weight_decay"])
         if is_ivon:
             self.optim = "adamw_torch"  # the base class accepts its own names only
         super().__post_init__()
@@ -197,31 +208,43 @@ class IVONTrainingArguments(TrainingArguments):
         if epsilon is not None:
             raise ValueError(f"`epsilon` must be left out for optim='ivon', got {epsilon!r}. IVON has none.")
         self.optim, self.optim_args = "ivon", args
-        self.learning_rate = _resolve("learning_rate", learning_rate, 0.1)
-        self.weight_decay = _resolve("weight_decay", weight_decay, 1e-5)
+        preset = preset_of(self)
+        self.learning_rate = _resolve("learning_rate", learning_rate, preset["learning_rate"])
+        self.weight_decay = _resolve("weight_decay", weight_decay, preset["weight_decay"])
         self.ivon_beta1, self.ivon_beta2 = beta1, beta2
         self.ivon_options()
         check_supported(self)
         return self
 
     def ivon_options(self) -> dict[str, Any]:
-        """Return the options of IVON: flags, then `optim_args`, then defaults.
+        """Return the options of IVON: flags, then `optim_args`, then those of the preset, then defaults.
 
         Returns:
-            Keyword arguments of `IVON` without `lr` and `weight_decay`; `ess` and `batch_size` may be ``"auto"``, and
-            `prior_on` is for the parameter groups.
+            Keyword arguments of `IVON` without `lr` and `weight_decay`; `ess` and `batch_size` may be ``"auto"``,
+            `temperature` and `relative_sigma` say how others are resolved, and `prior_on` is for the parameter groups.
 
         Raises:
             ValueError: If an option is unknown, out of range, or given twice with different values.
         """
-        flags, written = _flags(self), _parse_optim_args(self.optim_args)
-        for key, value in flags.items():
-            if key in written and written[key] != value:
+        flags, given = _flags(self), _given(self)
+        options = {**DEFAULTS, **preset_of(self), **given}
+        if "ess" in given and given["ess"] != "auto" and given.get("temperature", 1.0) != 1.0:
+            raise ValueError(
+                f"`temperature` must be left out where `ess` is a number, got {given['temperature']!r} and "
+                f"{given['ess']!r}. It is for ess=auto."
+            )
+        if options["relative_sigma"]:
+            fisher = options["hess_approx"] == "fisher"
+            fixed = self.weight_decay != preset_of(self)["weight_decay"] if fisher else "hess_init" in given
+            if fixed and "relative_sigma" in given:
+                name, value = ("weight_decay", self.weight_decay) if fisher else ("hess_init", given["hess_init"])
                 raise ValueError(
-                    f"`ivon_{key}` must agree with `optim_args`, got {value!r} and {key}={written[key]!r}. Give it "
-                    f"once."
+                    f"`relative_sigma` must be left out where `{name}` is given, got {given['relative_sigma']!r} and "
+                    f"{value!r}: it sets that. Leave out one of them."
                 )
-        options = {**_DEFAULTS, **written, **flags}
+            options["relative_sigma"] *= not fixed
+        for key in ("preset", "learning_rate", "weight_decay"):
+            del options[key]
         if options["seed"] is None:
             options["seed"] = self.seed
         names = {key: f"ivon_{key}" for key in flags} | {"lr": "learning_rate"}
@@ -263,10 +286,39 @@ def check_supported(args: TrainingArguments) -> None:
             raise ValueError(f"optim='ivon' does not support {what}. {remedy}, or choose another `optim`.")
 
 
+def preset_of(args: TrainingArguments) -> dict[str, Any]:
+    """Return what the preset sets, with `learning_rate` and `weight_decay`.
+
+    Args:
+        args: Training arguments of any class.
+
+    Returns:
+        Option name to value.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    name = _given(args).get("preset", DEFAULTS["preset"])
+    if name not in PRESETS:
+        raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {name!r}. 'paper' is the default.")
+    return PRESETS[name]
+
+
+def _given(args: TrainingArguments) -> dict[str, Any]:
+    """Return the options that are set, by flags or in `optim_args`."""
+    flags, written = _flags(args), parse(args.optim_args)
+    for key, value in flags.items():
+        if key in written and written[key] != value:
+            raise ValueError(
+                f"`ivon_{key}` must agree with `optim_args`, got {value!r} and {key}={written[key]!r}. Give it once."
+            )
+    return {**written, **flags}
+
+
 def _flags(args: TrainingArguments) -> dict[str, Any]:
     """Return the `ivon_*` options that are set, by their names without the prefix."""
-    values = {key: getattr(args, f"ivon_{key}", None) for key in _DEFAULTS}
-    return {key: _convert(key, value) for key, value in values.items() if value is not None}
+    values = {key: getattr(args, f"ivon_{key}", None) for key in DEFAULTS}
+    return {key: convert(key, value) for key, value in values.items() if value is not None}
 
 
 def _resolve(name: str, value: Any, default: float) -> float:
@@ -277,36 +329,3 @@ def _resolve(name: str, value: Any, default: float) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise ValueError(f"`{name}` must be a number, got {value!r}. Correct it.") from None
-
-
-def _parse_optim_args(text: str | None) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for part in (text or "").replace(" ", "").split(","):
-        if not part:
-            continue
-        key, equals, value = part.partition("=")
-        if key not in _DEFAULTS or not equals:
-            raise ValueError(
-                f"`optim_args` must be 'key=value,...' with keys {', '.join(sorted(_DEFAULTS))}, got {part!r}. The "
-                f"learning rate and the prior precision are `learning_rate` and `weight_decay`."
-            )
-        if key in options:
-            raise ValueError(f"`optim_args` must give each option once, got {key} twice. Remove one of them.")
-        options[key] = _convert(key, value)
-    return options
-
-
-def _convert(key: str, value: Any) -> Any:
-    """Turn a string from the command line or a settings file into the type of the option."""
-    if not isinstance(value, str) or key in ("hess_approx", "prior_mean", "prior_on") or value == "auto":
-        return value
-    if isinstance(_DEFAULTS[key], bool):
-        if value.lower() in ("true", "1", "yes", "false", "0", "no"):
-            return value.lower() in ("true", "1", "yes")
-        raise ValueError(f"`{key}` must be true or false, got {value!r}. Correct it.")
-    try:
-        number = float(value)
-    except ValueError:
-        raise ValueError(f"`{key}` must be a number, got {value!r}. Correct it.") from None
-    whole = key in ("mc_samples", "seed") and math.isfinite(number) and number == int(number)
-    return int(number) if whole else number

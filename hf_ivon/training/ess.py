@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import IterableDataset
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_ivon import distributed
 from hf_ivon.mean import unwrap
 
 if TYPE_CHECKING:
@@ -83,19 +85,22 @@ def training_size(trainer: Trainer) -> TrainingSize | None:
     return TrainingSize(num_examples, round(sum(counts) / picked * num_examples), not exact)
 
 
-def resolve_ess(trainer: Trainer, size: TrainingSize | None) -> float:
-    """Return the effective sample size that ``ess=auto`` stands for, and log it.
+def resolve_ess(trainer: Trainer, size: TrainingSize | None, options: Mapping[str, Any]) -> float:
+    """Return the effective sample size, and log what ``"auto"`` stands for.
 
     Args:
         trainer: The Trainer.
         size: What `training_size` returned for it.
+        options: IVON's; `ess` and `temperature` are read.
 
     Returns:
-        Number of examples or label tokens.
+        The number given; or for ``"auto"`` that of examples or label tokens, divided by the temperature.
 
     Raises:
-        ValueError: If the training set has no length, or is empty.
+        ValueError: If it is to be counted and the training set has no length, or is empty.
     """
+    if options["ess"] != "auto":
+        return options["ess"]
     if size is None or size.ess <= 0:
         what = "has no length" if size is None else f"has {size.ess} of what the loss averages over"
         raise ValueError(
@@ -105,7 +110,48 @@ def resolve_ess(trainer: Trainer, size: TrainingSize | None) -> float:
         )
     unit = "training examples" if size.num_tokens is None else "label tokens"
     logger.info("ess=auto: %d %s%s.", size.ess, unit, " (estimated)" if size.estimated else "")
-    return float(size.ess)
+    return size.ess / options["temperature"]
+
+
+def precision_of_sigma(model: nn.Module, options: Mapping[str, Any]) -> dict[str, float]:
+    r"""Return what `relative_sigma` stands for, and log it.
+
+    With :math:`r` times the root mean square of the trained weights for :math:`\sigma`, that is
+    :math:`h + \delta = 1/(\lambda \sigma^2)`: solved for :math:`h_0`, or for ``"fisher"``, which soon forgets
+    :math:`h_0`, for :math:`\delta` with :math:`h = 0`; the prior is then as wide as that.
+
+    Args:
+        model: The model, with the weights that training starts from.
+        options: IVON's; `relative_sigma`, `hess_approx`, `ess` and, unless that is set, `weight_decay` are read.
+
+    Returns:
+        `hess_init`, or `weight_decay`, > 0.
+
+    Raises:
+        ValueError: If all trained weights are zero, or the prior alone is narrower.
+    """
+    relative, ess, weight_decay = (options[name] for name in ("relative_sigma", "ess", "weight_decay"))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    squares = sum(float(distributed.full(p).double().square().sum()) for p in weights)
+    sigma = relative * (squares / sum(p.numel() for p in weights)) ** 0.5
+    if sigma == 0:
+        raise ValueError(
+            f"`ivon_relative_sigma` must be 0 with trained weights that are all zero, got {relative}. Set "
+            f"`ivon_hess_init` and `weight_decay` instead."
+        )
+    precision = 1.0 / (ess * sigma**2)
+    if options["hess_approx"] == "fisher":
+        found = {"weight_decay": precision}
+    elif precision > weight_decay:
+        found = {"hess_init": precision - weight_decay}
+    else:
+        raise ValueError(
+            f"`ivon_relative_sigma` must be below {relative * (precision / weight_decay) ** 0.5:.2g} with ess={ess:g} "
+            f"and weight_decay={weight_decay:g}, got {relative}: the prior alone is narrower. Lower one of them."
+        )
+    name, value = next(iter(found.items()))
+    logger.info("relative_sigma=%g: sigma %.2g at most, %s %.3g.", relative, sigma, name, value)
+    return found
 
 
 def resolve_batch_size(trainer: Trainer, size: TrainingSize | None, options: Mapping[str, Any]) -> float:

@@ -9,7 +9,8 @@ from typing import Any
 DEFAULTS: dict[str, Any] = {
     "preset": "paper",
     "ess": "auto",
-    "relative_sigma": None,
+    "temperature": 1.0,
+    "relative_sigma": 0.0,
     "hess_init": 1.0,
     "beta1": 0.9,
     "beta2": 0.99999,
@@ -25,23 +26,20 @@ DEFAULTS: dict[str, Any] = {
     "foreach": None,
     "fused": None,
 }
-# Each preset over the defaults, with `learning_rate` and `weight_decay`. Evidence: recipes/PAPERS.md.
+# Each preset over the defaults, with `learning_rate` and `weight_decay`. The evidence is in recipes/PAPERS.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"learning_rate": 0.1, "weight_decay": 1e-5},
+    # The weight decay stands for what `relative_sigma` makes of it: a prior at the pretrained weights, of that width.
     "finetuning": {
         "learning_rate": 0.05,
-        "weight_decay": 1e-6,
+        "weight_decay": 0.01,
+        "temperature": 0.005,
+        "relative_sigma": 0.17,
         "hess_approx": "fisher",
         "beta2": 0.98,
         "prior_mean": "init",
-        "relative_sigma": 0.15,
     },
-    "pretraining": {
-        "learning_rate": 0.5,
-        "weight_decay": 1e-6,
-        "hess_init": 0.1,
-        "relative_sigma": 0.05,
-    },
+    "pretraining": {"learning_rate": 0.5, "weight_decay": 1e-6, "relative_sigma": 0.05},
 }
 _STRINGS = ("preset", "hess_approx", "prior_mean", "prior_on")
 _BOOLEANS = ("rescale_lr", "debias", "foreach", "fused")

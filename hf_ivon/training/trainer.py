@@ -18,15 +18,15 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.trainer_utils import HubStrategy
 
 from hf_ivon import distributed
-from hf_ivon.averaging import ScoreAverage
 from hf_ivon.checkpoint import load_posterior, posterior_files, save_posterior
 from hf_ivon.hub import write_card
 from hf_ivon.mean import posterior_keys
 from hf_ivon.optim import IVON
 from hf_ivon.posterior import Posterior
 from hf_ivon.training.accelerate import grad_scale, unwrap_ivon
-from hf_ivon.training.arguments import IVONTrainingArguments, check_supported
-from hf_ivon.training.ess import TrainingSize, resolve_batch_size, resolve_ess, training_size
+from hf_ivon.training.arguments import IVONTrainingArguments, check_supported, preset_of
+from hf_ivon.training.ess import TrainingSize, precision_of_sigma, resolve_batch_size, resolve_ess, training_size
+from hf_ivon.training.evaluation import EvaluationMixin
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _CARD_SETTINGS = ("clip_radius", "mc_samples")
 _SMALL_STEP = 1e-6
 
 
-class IVONTrainerMixin:
+class IVONTrainerMixin(EvaluationMixin):
     """IVON for any Trainer class: put it before the Trainer in the bases, and pass `IVONTrainingArguments`.
 
     With another optimizer nothing changes.
@@ -72,7 +72,7 @@ class IVONTrainerMixin:
         if asked:
             check_supported(self.args)
             options = self._ivon_options(self.model if model is None else model)
-            prior_on = options.pop("prior_on")
+            prior_on, weight_decay = options.pop("prior_on"), options.pop("weight_decay")
             with _handler(lambda context: (IVON, {**context.optimizer_kwargs, **options})):
                 super().create_optimizer(*given)
             if self.ivon is None:
@@ -83,8 +83,8 @@ class IVONTrainerMixin:
             names = {p: name for name, p in self.model.named_parameters()}
             for group in self.ivon.param_groups:
                 group["param_names"] = [names.get(p, f"parameter {i}") for i, p in enumerate(group["params"])]
-                if prior_on == "all":
-                    group["weight_decay"] = self.args.weight_decay
+                if prior_on == "all" or group["weight_decay"]:
+                    group["weight_decay"] = weight_decay
             return self.optimizer
         super().create_optimizer(*given)
         if self.ivon is not None:
@@ -101,14 +101,14 @@ class IVONTrainerMixin:
         return self.optimizer
 
     def _ivon_options(self, model: nn.Module) -> dict[str, Any]:
-        """Return what IVON is made with, beside parameters and learning rate; `ess` is a number."""
+        """Return what IVON is made with, beside parameters and learning rate; `ess` is a number. Also `prior_on`."""
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("The model must have trainable parameters, got none. Unfreeze some, or add an adapter.")
         if self.args.weight_decay == 0 and not isinstance(self.args, IVONTrainingArguments):
-            self.args.weight_decay = 1e-5  # 0, the usual default, would be no prior
+            self.args.weight_decay = preset_of(self.args)["weight_decay"]  # 0, the usual default, would be no prior
             logger.warning(
-                "The prior precision `weight_decay` is set to 1e-5, the paper's value for finetuning. Pass another "
-                "--weight_decay, tiny for a flat prior."
+                "The prior precision `weight_decay` is set to %g. Pass another --weight_decay, tiny for a flat prior.",
+                self.args.weight_decay,
             )
         # Called by its class: the script's own arguments, or those read from `training_args.bin`, are plain ones.
         options = IVONTrainingArguments.ivon_options(self.args)
@@ -122,9 +122,12 @@ class IVONTrainerMixin:
                 lr * options["clip_radius"],
             )
         self._size = training_size(self)
-        if options["ess"] == "auto":
-            options["ess"] = resolve_ess(self, self._size)
+        options["ess"] = resolve_ess(self, self._size, options)
         options["batch_size"] = resolve_batch_size(self, self._size, options)
+        options["weight_decay"] = self.args.weight_decay
+        if options["relative_sigma"]:
+            options |= precision_of_sigma(model, options)
+        del options["relative_sigma"], options["temperature"]
         return options
 
     def training_step(
@@ -153,52 +156,6 @@ class IVONTrainerMixin:
             with ivon.sampled_params(train=True, weight=1.0 / samples, grad_scale=grad_scale(self.accelerator)):
                 losses.append(super().training_step(model, inputs, num_items_in_batch))
         return losses[0] if samples == 1 else torch.stack(losses).mean()
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Any, Any, Any]:
-        """Run the base class's step; with `ivon_eval_num_samples` at so many weight samples, new ones for each batch.
-
-        Relies on `evaluate` and `predict` going through this method. The logits returned are those of the averaged
-        scores: their softmax is the averaged probabilities (multi-label: their sigmoid; regression: they themselves).
-        The loss is the average of the samples' losses, which is not below the loss of the average.
-
-        Args:
-            model: The model.
-            inputs: One batch.
-            prediction_loss_only: Whether only the loss is wanted.
-            ignore_keys: Outputs of the model that are not wanted.
-
-        Returns:
-            Loss, logits and labels, as the base class gives them.
-
-        Raises:
-            RuntimeError: If there is no posterior yet.
-            ValueError: If the outputs cannot be averaged: generated tokens, or several tensors.
-        """
-        samples = getattr(self.args, "ivon_eval_num_samples", 0) if self.args.optim == "ivon" else 0
-        if not samples:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if self.ivon is None:
-            raise RuntimeError(
-                "There is no posterior to average over before training. Leave out `ivon_eval_num_samples`, or "
-                "average over a saved one by `posterior_predict`."
-            )
-        losses, average, labels = [], None, None
-        for _ in range(samples):
-            with self.ivon.sampled_params():
-                # A step may change its inputs.
-                loss, logits, labels = super().prediction_step(model, dict(inputs), prediction_loss_only, ignore_keys)
-            if loss is not None:
-                losses.append(loss)
-            if logits is not None:
-                average = average or ScoreAverage(_score_function(self.model, logits))
-                average.add(logits)
-        return torch.stack(losses).mean() if losses else None, average and average.logits().to(logits.dtype), labels
 
     @torch.no_grad()
     def _check_loss_scale(
@@ -359,20 +316,6 @@ class IVONTrainerMixin:
 
 class IVONTrainer(IVONTrainerMixin, Trainer):
     """Transformers' Trainer with IVON; takes `IVONTrainingArguments`."""
-
-
-def _score_function(model: nn.Module, logits: Any) -> str:
-    """Return the function of `ScoreAverage` for a model's logits."""
-    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-        found = f"{logits.dtype} numbers" if isinstance(logits, torch.Tensor) else f"{len(logits)} outputs"
-        raise ValueError(
-            f"`ivon_eval_num_samples` must be 0 for a model whose predictions are not logits alone, got {found}. "
-            f"Ignore other outputs by `keys_to_ignore_at_inference`, and do not generate."
-        )
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    if problem == "regression" or logits.shape[-1] == 1:
-        return "none"
-    return "sigmoid" if problem == "multi_label_classification" else "softmax"
 
 
 @contextmanager
