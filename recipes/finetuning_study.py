@@ -3,7 +3,7 @@
     python recipes/finetuning_study.py --data_dir DATA --model_name_or_path roberta-base --output_dir out \
         --adamw "--learning_rate 1e-5" --ivon "--ivon_preset finetuning" -- --num_train_epochs 3
 
-DATA holds the directories that `merge_sentiment.py` reads, and `mrpc`, `qnli` and `rte` with GLUE's columns. Rows that
+DATA holds the directories that `merge_sentiment.py` reads, and `mrpc`, `qnli` and `qqp` with GLUE's columns. Rows that
 stand in several sentiment sets are in none of the test splits. Both optimizers start from the same weights; what is
 finished is kept. IVON's models stand where `merge_sentiment.py --output_dir out` looks for them, and are merged by it.
 
@@ -33,7 +33,7 @@ except ImportError:  # run as a script: this directory is on the path
     import merge_sentiment
     import run_glue
 
-GLUE = ("mrpc", "qnli", "rte")
+GLUE = ("mrpc", "qnli", "qqp")
 METRICS = ("accuracy", "nll", "ece")
 
 

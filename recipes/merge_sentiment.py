@@ -78,11 +78,21 @@ def prepare(data_dir: Path, directory: Path, limits: dict[str, int]) -> None:
 def finetune(start: Path, data: Path, directory: Path, seed: int, flags: list[str]) -> Path:
     """Finetune a model on a task, unless that is done."""
     if not (directory / "results.json").is_file():
-        command = ["--task_name", "sst2", "--seed", str(seed), "--eval_num_samples", "0"]
+        command = ["--task_name", "sst2", "--save_strategy", "no", "--seed", str(seed), "--eval_num_samples", "0"]
         command += ["--train_file", str(data / "train.jsonl"), "--validation_file", str(data / "validation.jsonl")]
         command += ["--model_name_or_path", str(start), "--output_dir", str(directory)]
         with redirect_stdout(sys.stderr):
             run_glue.main([*command, *flags])
+    return directory
+
+
+def pretrained(root: Path, name: str, seed: int) -> Path:
+    """Return the pretrained model with one new head, which all models of a seed start from."""
+    directory = root / f"pretrained-{seed}" / "base"
+    if not (directory / "model.safetensors").is_file():
+        set_seed(seed)  # the head
+        AutoModelForSequenceClassification.from_pretrained(name).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(name).save_pretrained(directory)
     return directory
 
 
@@ -159,17 +169,13 @@ def study(arguments: argparse.Namespace, setup: str, seed: int, data: Path, flag
     """Return the rows of the table for one set-up and seed."""
     root = arguments.output_dir / f"{setup}-{seed}"
     root.mkdir(parents=True, exist_ok=True)
-    pretrained = root.parent / f"pretrained-{seed}" / "base"
-    if not (pretrained / "model.safetensors").is_file():
-        set_seed(seed)  # the new head; all models start from the same
-        AutoModelForSequenceClassification.from_pretrained(arguments.model_name_or_path).save_pretrained(pretrained)
-        AutoTokenizer.from_pretrained(arguments.model_name_or_path).save_pretrained(pretrained)
+    start = pretrained(arguments.output_dir, arguments.model_name_or_path, seed)
     tasks = list(TASKS) if setup == "pretrained" else list(TASKS[1:])
-    base = pretrained
+    base = start
     if setup == "imdb":
-        base = finetune(pretrained, data / "imdb", pretrained.with_name("imdb"), seed, flags)
+        base = finetune(start, data / "imdb", start.with_name("imdb"), seed, flags)
     models = [finetune(base, data / t, root / t, seed, flags) for t in tasks]
-    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    tokenizer = AutoTokenizer.from_pretrained(start)
     splits = {
         t: {s: batches(tokenizer, data / t / f"{s}.jsonl", arguments.max_length) for s in ("validation", "test")}
         for t in TASKS
