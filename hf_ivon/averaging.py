@@ -13,11 +13,33 @@ MEASURES = {
 }
 
 
+def entropy(probabilities: Tensor) -> Tensor:
+    r"""Return the entropy :math:`-\sum_c p_c \log p_c`.
+
+    Args:
+        probabilities: Class probabilities, (..., classes).
+
+    Returns:
+        Entropy, (...,), nats.
+
+    Examples:
+        >>> entropy(torch.tensor([0.5, 0.5]))
+        tensor(0.6931)
+    """
+    return torch.special.entr(probabilities).sum(dim=-1)
+
+
 class ScoreAverage:
     """The average over weight samples of scores that a function makes of logits.
 
     Args:
         function: "softmax" over the last axis, "sigmoid" of each logit for itself, or "none", as for numbers.
+
+    Attributes:
+        count: Number of weight samples so far.
+        mean: Their average score, (..., classes), fp64; 0 of none.
+        expected_entropy: The average of their entropies, (...,) for the softmax and (..., classes) for the sigmoid,
+            fp64, nats.
 
     Examples:
         >>> average = ScoreAverage("softmax")
@@ -29,8 +51,13 @@ class ScoreAverage:
 
     def __init__(self, function: str) -> None:
         self.function, self.count = function, 0
-        self._mean = self._entropy = self._spread = torch.zeros((), dtype=torch.float64)
-        self._last = self._mean
+        self.mean = self.expected_entropy = self._spread = torch.zeros((), dtype=torch.float64)
+        self._last = self.mean
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance over the weight samples of numbers (function "none"), (..., classes), fp64, score²."""
+        return self._spread / self.count
 
     def add(self, logits: Tensor) -> None:
         """Add one weight sample.
@@ -40,11 +67,13 @@ class ScoreAverage:
         """
         values = self._scores(logits.double())
         self.count += 1
-        change = values - self._mean
-        self._mean = self._mean + change / self.count
-        self._spread = self._spread + change * (values - self._mean)
-        if self.function != "none":
-            self._entropy = self._entropy + (self._entropy_of(values) - self._entropy) / self.count
+        change = values - self.mean
+        self.mean = self.mean + change / self.count
+        if self.function == "none":
+            self._spread = self._spread + change * (values - self.mean)
+        else:
+            surplus = self._entropy_of(values) - self.expected_entropy
+            self.expected_entropy = self.expected_entropy + surplus / self.count
         self._last = logits
 
     def logits(self) -> Tensor:
@@ -52,15 +81,15 @@ class ScoreAverage:
         if self.count == 1:
             return self._last
         if self.function == "none":
-            return self._mean
-        return self._mean.log() if self.function == "softmax" else self._mean.logit()
+            return self.mean
+        return self.mean.log() if self.function == "softmax" else self.mean.logit()
 
     def uncertainties(self) -> dict[str, Tensor]:
         """Return the function's `MEASURES`: (...,) for the softmax, otherwise (..., classes), fp64, nats or score²."""
         if self.function == "none":
-            return {"variance": self._spread / self.count}
-        entropy = self._entropy_of(self._mean)
-        return {"entropy": entropy, "mutual_information": (entropy - self._entropy).clamp_min(0.0)}
+            return {"variance": self.variance}
+        total = self._entropy_of(self.mean)
+        return {"entropy": total, "mutual_information": (total - self.expected_entropy).clamp_min(0.0)}
 
     def _scores(self, logits: Tensor) -> Tensor:
         if self.function == "none":
@@ -68,6 +97,4 @@ class ScoreAverage:
         return logits.softmax(dim=-1) if self.function == "softmax" else logits.sigmoid()
 
     def _entropy_of(self, p: Tensor) -> Tensor:
-        if self.function == "softmax":
-            return torch.special.entr(p).sum(dim=-1)
-        return torch.special.entr(p) + torch.special.entr(1 - p)
+        return entropy(p if self.function == "softmax" else torch.stack([p, 1 - p], dim=-1))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
+from hf_ivon.averaging import ScoreAverage, entropy
 from hf_ivon.data import is_language_model
 from hf_ivon.draws import check_samples, weight_samples
 from hf_ivon.mean import unwrap
@@ -54,7 +55,7 @@ class Prediction:
     @property
     def entropy(self) -> Tensor:
         """Entropy of the averaged probabilities, (N,), nats: all that is uncertain about the label."""
-        return _entropy(self._probabilities())
+        return entropy(self._probabilities())
 
     @property
     def mutual_information(self) -> Tensor:
@@ -119,39 +120,32 @@ def posterior_predict(
         )
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"`tolerance` must be at least 0, got {tolerance!r}. 0 takes all samples, 1e-3 is fine.")
-    mean = spread = entropy = votes = torch.zeros((), dtype=torch.float64)
-    labels, taken, small = None, 0, 0
+    average: ScoreAverage | None = None
+    votes, labels, small = torch.zeros((), dtype=torch.float64), None, 0
     settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "device": device, "progress": progress}
-    passes = _passes(model, posterior, data, _outputs, **settings)
-    for count, (rows, given) in enumerate(passes, start=1):
+    for rows, given in _passes(model, posterior, data, _outputs, **settings):
         labels, regression = given, rows.shape[1] == 1
         if problem == "regression" and not regression:
             raise ValueError(
                 f"`model` must have one output for regression, got {rows.shape[1]}. Use `posterior.sampled` and "
                 f"average its outputs yourself."
             )
-        values = rows[:, 0] if regression else rows.softmax(dim=1)
-        change = values - mean
-        mean = mean + change / count
-        taken = count if num_samples else 0
-        if regression:
-            spread = spread + change * (values - mean)
-        else:
-            entropy = entropy + (_entropy(values) - entropy) / count
-            votes = votes + torch.nn.functional.one_hot(values.argmax(dim=1), values.shape[1])
-        moved = change.abs().div_(count)
-        moved = moved.mean() if regression else moved.sum(dim=1).mean() / 2
+        average = average or ScoreAverage("none" if regression else "softmax")
+        before = average.mean
+        average.add(rows)
+        votes = votes + nn.functional.one_hot(rows.argmax(dim=1), rows.shape[1])
+        moved = (average.mean - before).abs().sum(dim=1).mean() / (1 if regression else 2)
         small = small + 1 if moved < tolerance else 0
         if small == 2:
             break
-    if mean.ndim == 1:
-        return Prediction(taken, labels, prediction_mean=mean, prediction_variance=spread / max(taken, 1))
-    ratio = 1 - votes.amax(dim=1) / max(taken, 1)
-    return Prediction(taken, labels, probabilities=mean, expected_entropy=entropy, variation_ratio=ratio)
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    return torch.special.entr(probabilities).sum(dim=1)
+    assert average is not None  # there is a pass, or it raised
+    taken = average.count if num_samples else 0
+    if average.function == "none":
+        mean, variance = average.mean[:, 0], average.variance[:, 0]
+        return Prediction(taken, labels, prediction_mean=mean, prediction_variance=variance)
+    ratio = 1 - votes.amax(dim=1) / average.count
+    found = {"probabilities": average.mean, "expected_entropy": average.expected_entropy, "variation_ratio": ratio}
+    return Prediction(taken, labels, **found)
 
 
 def posterior_perplexity(
