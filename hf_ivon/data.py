@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 _LABELS = ("label", "labels")
-_AUTO = {
+# PEFT's task types, and how the model classes for them end.
+CLASS_ENDINGS = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
     "CAUSAL_LM": "ForCausalLM",
@@ -125,9 +126,9 @@ def load_model(directory: str | os.PathLike[str]) -> nn.Module:
 
             settings = peft.PeftConfig.from_pretrained(name)
             config = transformers.AutoConfig.from_pretrained(settings.base_model_name_or_path)
-            auto = _AUTO.get(settings.task_type)
-            cls = getattr(transformers, f"AutoModel{auto}") if auto else model_class(config)
-            labels = labels_of_adapter(Path(directory)) if auto and auto.endswith("Classification") else None
+            ending = CLASS_ENDINGS.get(settings.task_type)
+            cls = getattr(transformers, f"AutoModel{ending}") if ending else model_class(config)
+            labels = labels_of_adapter(Path(directory)) if ending and ending.endswith("Classification") else None
             more = {} if labels is None else {"num_labels": labels}
             base = cls.from_pretrained(settings.base_model_name_or_path, **more)
             model = peft.PeftModel.from_pretrained(base, name, is_trainable=True)

@@ -54,9 +54,11 @@ MAKE = {
     "classifier": lambda directory: tiny.bert(),
     "two classes": lambda directory: tiny.bert(num_labels=2),
     "regression": lambda directory: tiny.bert(num_labels=1),
+    "tagger": lambda directory: tiny.tagger(),
     "language model": lambda directory: tiny.gpt2(),
     "another model": lambda directory: plain_bert(),
     "adapter of a classifier": lambda directory: adapter(tiny.bert(), directory, "SEQ_CLS", target_modules=["query"]),
+    "adapter of a tagger": lambda directory: adapter(tiny.tagger(), directory, "TOKEN_CLS", target_modules=["query"]),
     "adapter of a language model": lambda directory: adapter(
         tiny.gpt2(), directory, "CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True
     ),
@@ -78,9 +80,10 @@ def test_the_snippet_runs(tmp_path, hub, kind, capsys):
     assert f'Posterior.from_pretrained("{NAME}"' in snippet
     exec(compile(snippet, kind, "exec"), {})
     printed = capsys.readouterr().out
-    expected = {"classifier": 3, "adapter of a classifier": 3, "two classes": 2}.get(kind)
+    classes = {"classifier": 3, "adapter of a classifier": 3, "two classes": 2, "tagger": 4, "adapter of a tagger": 4}
+    expected = classes.get(kind)
     if expected:
-        assert len(re.search(r"tensor\(\[\[(.*?)\]\]", printed).group(1).split(",")) == expected
+        assert len(re.search(r"tensor\(\[\[(.*?)\]", printed).group(1).split(",")) == expected
     assert printed.strip()
 
 

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_ivon.checkpoint import PosteriorFormatError, open_posterior
-from hf_ivon.data import labels_of_adapter
+from hf_ivon.data import CLASS_ENDINGS, labels_of_adapter
 from hf_ivon.json_files import read_json
 from hf_ivon.posterior_config import PosteriorConfig, setting_text
 
@@ -27,9 +27,12 @@ _TEMPLATE = Path(__file__).with_name("card_template.md")
 _OPEN, _CLOSE = "<!-- hf_ivon:", "<!-- /hf_ivon -->"
 _AT_MEAN, _AVERAGED = "(at the mean)", "(averaged over the posterior)"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_TASKS = {"ForSequenceClassification": "text-classification", "ForCausalLM": "text-generation",
-          "LMHeadModel": "text-generation"}  # fmt: skip
-_ADAPTERS = {"SEQ_CLS": "ForSequenceClassification", "CAUSAL_LM": "ForCausalLM"}
+_TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+}
 
 
 def write_card(
@@ -138,17 +141,20 @@ def _describe_model(directory: Path) -> dict[str, Any]:
     found["has_tokenizer"] = (directory / "tokenizer_config.json").is_file()
     adapter, config = (read_json(directory / f"{name}config.json", []) or {} for name in ("adapter_", ""))
     if adapter:
-        ending = _ADAPTERS.get(adapter.get("task_type") or "")
+        ending = CLASS_ENDINGS.get(adapter.get("task_type") or "")
         found |= {"library": "peft", "model_class": f"AutoPeftModel{ending}" if ending else None}
         found["num_labels"] = labels_of_adapter(directory) if (ending or "").endswith("Classification") else None
     else:
         name = next(iter(config.get("architectures") or []), None)
         found["model_class"] = None if "auto_map" in config else name
-        found["num_labels"] = len(config.get("id2label") or "12")  # the configuration leaves out two labels
+        labels = config.get("id2label")
+        found["num_labels"] = len(labels) if labels else 2  # a configuration leaves out what is by default two labels
     ending = next((e for e in _TASKS if (found["model_class"] or "").endswith(e)), None)
     found["task"] = None if ending is None else _TASKS[ending]
-    if found["task"] == "text-classification":
-        found["kind"] = "regression" if found["num_labels"] == 1 else "classifier"
+    if found["task"] == "text-classification" and found["num_labels"] == 1:
+        found["kind"] = "regression"
+    elif found["task"] in ("text-classification", "token-classification"):
+        found["kind"] = "classifier"
     elif found["task"]:
         found["kind"] = "language model"
     elif found["model_class"]:
