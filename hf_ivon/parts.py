@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,6 +12,23 @@ from torch import Tensor
 from hf_ivon.posterior_config import PosteriorConfig
 
 _LISTED = 8
+
+
+def layer_of(name: str) -> str:
+    """Return the layer that a tensor belongs to, for tables and figures.
+
+    Args:
+        name: The tensor's name.
+
+    Returns:
+        The name up to its first number; of a name without one, all but the last part.
+
+    Examples:
+        >>> [layer_of(name) for name in ("bert.encoder.layer.0.output.dense.bias", "classifier.weight", "scale")]
+        ['bert.encoder.layer.0', 'classifier', 'scale']
+    """
+    numbered = re.match(r"(?:.*?\.)??\d+(?=\.)", name)
+    return numbered.group() if numbered else name.rpartition(".")[0] or name
 
 
 def names_below(parts: str | Iterable[str], names: Sequence[str]) -> list[str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hf_ivon.parts import layer_of
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -96,7 +97,7 @@ def training_curves(
 def sigma_per_layer(posterior: Posterior, path: str | PathLike[str], *, title: str | None = None) -> Path:
     """Draw the width of the posterior, layer by layer: the median of σ and the range of 98% of the weights.
 
-    Tensors are one layer if their names agree up to the layer number; tensors without a number stand for themselves.
+    Tensors are one layer if their names agree up to the first number, or, without one, up to the last part.
 
     Args:
         posterior: What to draw.
@@ -116,7 +117,7 @@ def sigma_per_layer(posterior: Posterior, path: str | PathLike[str], *, title: s
         raise ValueError("`posterior` must hold at least one tensor, got none. Take it from a trained optimizer.")
     layers: dict[str, list[str]] = {}
     for name in sorted(posterior.names(), key=_natural):
-        layers.setdefault(_layer(name), []).append(name)
+        layers.setdefault(layer_of(name), []).append(name)
     quantiles = []
     for names in layers.values():
         stride = math.ceil(sum(posterior.variance[name].numel() for name in names) / _MAX_ELEMENTS)
@@ -298,12 +299,6 @@ def trade_offs(
 def _natural(name: str) -> list[tuple[int, str]]:
     """Order names so that layer 2 comes before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _layer(name: str) -> str:
-    """Return a tensor's layer: its name up to the first number, or without its last part."""
-    numbered = re.match(r"(?:.*?\.)??\d+(?=\.)", name)
-    return numbered.group() if numbered else name.rpartition(".")[0] or name
 
 
 def _axes(*, width: float, height: float) -> tuple[Figure, Axes]:

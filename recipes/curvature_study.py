@@ -15,8 +15,6 @@ The second has the quality of the predictions at the mean and averaged over the 
 
 import argparse
 import contextlib
-import json
-import re
 import statistics
 import sys
 from collections.abc import Mapping
@@ -31,6 +29,8 @@ from torch.utils.data import DataLoader
 from hf_ivon import IVONTrainingArguments, load_posterior, posterior_predict
 from hf_ivon.checkpoint import posterior_files
 from hf_ivon.curvature import estimate_posterior
+from hf_ivon.json_files import write_json
+from hf_ivon.parts import layer_of
 
 try:
     from recipes import common, run_glue
@@ -60,12 +60,6 @@ def rank_correlation(a: Tensor, b: Tensor) -> float | None:
     a, b = a - a.mean(), b - b.mean()
     norm = float(a.norm() * b.norm())
     return float(a @ b) / norm if norm else None
-
-
-def layer_of(name: str) -> str:
-    """Return the layer that a tensor belongs to: what stands around the first number, or before the last two names."""
-    numbered = re.search(r"(?:^|\.)(\w+\.\d+)\.", name)
-    return numbered.group(1) if numbered else name.split(".")[-3] if name.count(".") > 1 else name.split(".")[0]
 
 
 def summary(group: list[Tensors]) -> list[Any]:
@@ -157,8 +151,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with contextlib.redirect_stdout(sys.stderr):
             run_glue.main([*flags, "--eval_num_samples", "0"])
     results = measure(glue, args, own)
-    file = Path(args.output_dir) / "curvature.json"
-    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(args.output_dir) / "curvature.json", results)
     header = ["layer", "weights", "seen", "rank corr.", "by tensor", "halves", "learnt/exact", "moved"]
     print(common.table([[layer, *row] for layer, row in results["layers"].items()], header))
     metrics = list(results["quality"]["mean"])

@@ -25,7 +25,7 @@ def test_both_tables(tmp_path, capsys):
     arguments = flags(tmp_path, "--ivon_hess_approx", "fisher", "--ivon_beta2", "0.9")
     results = curvature_study.main(arguments)
     printed = capsys.readouterr().out
-    assert {"encoder.layer.0", "layer.0", "overall"} & set(results["layers"])
+    assert {"bert.encoder.layer.0", "classifier", "overall"} <= set(results["layers"])
     weights, seen, correlation, *_, moved = results["layers"]["overall"]
     assert weights > 1000
     assert 0 < seen <= 1

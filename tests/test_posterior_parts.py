@@ -13,6 +13,7 @@ from hf_ivon.checkpoint import PosteriorFormatError, Variances, load_posterior, 
 from hf_ivon.mean import posterior_keys
 from hf_ivon.mixture import Mixture
 from hf_ivon.optim import IVON
+from hf_ivon.parts import layer_of
 from hf_ivon.plots import sigma_per_layer
 from hf_ivon.posterior import Posterior
 from hf_ivon.tensor_files import TensorFiles
@@ -338,3 +339,21 @@ def test_log_prob_of_other_weights_is_refused():
     mean = {name: p.detach() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match="has shape"):
         posterior.log_prob({**mean, "0.bias": torch.zeros(1)}, mean)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.encoder.layers.10.fc1.weight", "model.encoder.layers.10"),
+        ("model.decoder.layers.10.fc1.weight", "model.decoder.layers.10"),
+        ("h.2.experts.7.weight", "h.2"),
+        ("0.weight", "0"),
+        ("bert.embeddings.word_embeddings.weight", "bert.embeddings.word_embeddings"),
+        ("blocks.3", "blocks"),
+        ("conv2.weight", "conv2"),
+        ("scale", "scale"),
+    ],
+)
+def test_a_layer_is_the_name_up_to_its_first_number(name, layer):
+    """Tables and figures would mix layers, as the tenth of an encoder and of its decoder, or split one."""
+    assert layer_of(name) == layer

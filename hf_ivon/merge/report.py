@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_ivon.merge import methods
+from hf_ivon.parts import layer_of
 
 _STRIDE = 64  # one of so many weights is looked at for the logarithms, which cost more than the merge
 _FLAT = 0.01  # distance from averaging, of the models' spread, up to which a rule is called averaging
@@ -100,12 +101,11 @@ def notes(method: str, tensors: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def layers(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return each model's share by layer: by everything of a tensor's name up to its layer number, or to the dot."""
+    """Return each model's share by layer, averaged over the layer's tensors; see `hf_ivon.parts.layer_of`."""
     groups: dict[str, list[list[float]]] = {}
     for name, tensor in tensors.items():
         if "shares" in tensor:
-            found = re.match(r".*?\.\d+(?=\.)", name)
-            groups.setdefault(found.group() if found else name.rpartition(".")[0] or name, []).append(tensor["shares"])
+            groups.setdefault(layer_of(name), []).append(tensor["shares"])
     return {group: [sum(column) / len(rows) for column in zip(*rows, strict=True)] for group, rows in groups.items()}
 
 
