@@ -43,6 +43,7 @@ except ImportError:  # run as a script: this directory is on the path
 
 Batches = list[dict[str, torch.Tensor]]
 SAMPLES = (1, 4, 16, 64)
+TEXTS = ("sentence", "text", "content")  # columns of texts, by preference
 
 
 def train(arguments: argparse.Namespace, optimizer: str, seed: int, flags: list[str]) -> Path:
@@ -59,17 +60,30 @@ def train(arguments: argparse.Namespace, optimizer: str, seed: int, flags: list[
     return directory
 
 
+def read(file: str, columns: list[str]) -> list[dict[str, Any]]:
+    """Return the texts of a file as `sentence`, with `label`; rows without a text, such as empty lines, are left out.
+
+    Raises:
+        RecipeError: If the file lacks a column or a text.
+    """
+    rows = common.load_rows(file, columns)
+    found = []
+    for row in rows:
+        if text := next((row[c] for c in TEXTS if row.get(c)), None):
+            found.append({"sentence": text, "label": row.get("label")})
+    if not found:
+        raise common.RecipeError(
+            f"The data in {file!r} must have texts in a column {', '.join(TEXTS[:-1])} or {TEXTS[-1]}, got the "
+            f"column(s) {', '.join(rows.column_names)} without. Rename the column."
+        )
+    return found
+
+
 def prepare(arguments: argparse.Namespace, others: dict[str, str]) -> None:
     """Write the files that are used, as `sentence` and `label`; texts that are trained on are in no other file."""
     texts: set[str] = set()
     for name, file in {"train": arguments.train_file, "test": arguments.test_file, **others}.items():
-        rows = [
-            {
-                "sentence": next(row[c] for c in ("sentence", "text", "content") if row.get(c)),
-                "label": row.get("label"),
-            }
-            for row in common.load_rows(file, [])
-        ]
+        rows = read(file, [] if name in others else ["label"])
         limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         kept = [rows[i] for i in order if name == "train" or key(rows[i]) not in texts][:limit]
@@ -81,8 +95,10 @@ def prepare(arguments: argparse.Namespace, others: dict[str, str]) -> None:
 
 
 def with_dropout(model: nn.Module, batches: Batches, passes: int) -> Prediction:
-    """Return the average of predictions with dropout left on."""
+    """Return, on the CPU, the average of predictions with dropout left on."""
     set_seed(0)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    inputs = [{k: v.to(device) for k, v in batch.items() if k != "labels"} for batch in batches]
     total: Any = 0.0
     for _ in range(passes):
         model.eval()
@@ -90,21 +106,26 @@ def with_dropout(model: nn.Module, batches: Batches, passes: int) -> Prediction:
             if isinstance(module, nn.Dropout):
                 module.train()
         with torch.no_grad():
-            logits = [model(**{k: v for k, v in batch.items() if k != "labels"}).logits for batch in batches]
+            logits = [model(**batch).logits.cpu() for batch in inputs]
         total = total + torch.cat(logits).double().softmax(-1) / passes
     model.eval()
     labels = [batch["labels"] for batch in batches if "labels" in batch]
     return Prediction(num_samples=passes, labels=torch.cat(labels) if labels else None, probabilities=total)
 
 
+def load(directory: Path) -> nn.Module:
+    """Load a member onto the accelerator, if there is one."""
+    return load_model(directory).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def methods(members: dict[str, list[Path]]) -> dict[str, Callable[[Batches], Prediction]]:
     """Return what is compared: name to a function from batches to predictions."""
-    adamw, ivon = load_model(members["adamw"][0]), load_model(members["ivon"][0])
+    adamw, ivon = load(members["adamw"][0]), load(members["ivon"][0])
     posterior = Posterior.from_pretrained(members["ivon"][0], ivon)
     number = len(members["adamw"])
     ensemble, multi = Mixture.from_pretrained(members["adamw"]), Mixture.from_pretrained(members["ivon"])
     # A mixture writes its members' weights into a model of the same kind.
-    frame, multi_frame = load_model(members["adamw"][0]), load_model(members["ivon"][0])
+    frame, multi_frame = load(members["adamw"][0]), load(members["ivon"][0])
     found: dict[str, Callable[[Batches], Prediction]] = {
         "AdamW": lambda b: posterior_predict(adamw, None, b, num_samples=0),
         "MC dropout, 16 passes": lambda b: with_dropout(adamw, b, 16),

@@ -102,3 +102,43 @@ def test_a_file_without_a_name_is_refused(files, model_dir):
     """Columns of the table are named after the files."""
     with pytest.raises(RecipeError, match="takes NAME=FILE"):
         run(files, model_dir, "--ood", "other.jsonl")
+
+
+def test_a_file_without_texts_is_named(files, model_dir):
+    """A news file with a column of its own name would end in a traceback that names neither file nor column."""
+    (files / "other.jsonl").write_text('{"headline": "rome", "label": 1}\n')
+    message = (
+        r"other\.jsonl' must have texts in a column sentence, text or content, got the column\(s\) headline, label"
+    )
+    with pytest.raises(RecipeError, match=message):
+        run(files, model_dir)
+    (files / "test.jsonl").write_text('{"text": "rome"}\n')
+    with pytest.raises(RecipeError, match=r"test\.jsonl' lacks the column\(s\) label; it has text"):
+        run(files, model_dir)
+
+
+def test_empty_lines_are_no_examples(tmp_path):
+    """A book has empty lines; each would be an example that is told from films without a word."""
+    (tmp_path / "book.txt").write_text("call me\n\nishmael\n")
+    assert [row["sentence"] for row in ood_study.read(str(tmp_path / "book.txt"), [])] == ["call me", "ishmael"]
+
+
+def test_models_and_batches_go_to_the_accelerator(monkeypatch):
+    """On the CPU the study of a real model takes days, and with the batches left there MC dropout fails."""
+    moved = []
+    monkeypatch.setattr(ood_study, "load_model", lambda directory: type("Model", (), {"to": moved.append}))
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        ood_study.load(None)
+    assert moved == ["cuda", "cpu"]
+
+    class Meta(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(2, device="meta"))
+
+        def forward(self, x):
+            return type("Output", (), {"logits": torch.zeros(len(x), 2 if x.device.type == "meta" else 0)})
+
+    batches = [{"x": torch.ones(3, 2), "labels": torch.zeros(3)}]
+    assert ood_study.with_dropout(Meta(), batches, 1).probabilities.shape == (3, 2)
