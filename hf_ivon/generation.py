@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 from hf_ivon.draws import check_samples, weight_samples, weights_lock
 from hf_ivon.mean import posterior_keys, unwrap
@@ -26,6 +26,7 @@ from hf_ivon.predict import evaluation_mode
 _REFUSED = (
     "assistant_model",
     "cache_implementation",
+    "encoder_outputs",
     "output_attentions",
     "output_hidden_states",
     "past_key_values",
@@ -50,31 +51,34 @@ def posterior_generate(
     Greedy search, sampling and beam search of the model's own `generate` see the logarithm of the average as logits;
     temperature, top-k and the like act on it. Every token costs S forward passes. The S weight samples are drawn once
     and kept, which takes S times the memory of the tensors that the posterior is over (little for an adapter). Each
-    has its own cache of keys and values. Afterwards the weights are the mean, bit for bit.
+    has its own cache of keys and values, and in an encoder-decoder its own encoding of the input. Afterwards the
+    weights are the mean, bit for bit.
 
     Args:
-        model: A causal language model of Transformers, also as a PEFT model with a LoRA adapter.
+        model: A causal language model of Transformers, or an encoder-decoder such as T5 and BART, also as a PEFT model
+            with a LoRA adapter.
         posterior: The posterior that belongs to the model, or a mixture; may be None when `num_samples` is 0.
-        inputs: What a tokenizer returns: `input_ids` of shape (batch, length), padded on the left, and
-            `attention_mask`.
+        inputs: What a tokenizer returns: `input_ids` of shape (batch, length), for a decoder alone padded on the left,
+            and `attention_mask`.
         num_samples: Number of weight samples S; 0 generates at the mean.
         seed: Chooses the weight samples. Tokens are sampled from torch's global generator, as `generate` does.
         generate_kwargs: Passed to `generate`, such as `max_new_tokens`.
 
     Returns:
-        What `generate` returns: token ids of shape (batch, length), prompt and continuation; or its output class,
-        whose `scores` are logarithms of averaged probabilities.
+        What `generate` returns: token ids of shape (batch, length), prompt and continuation, of an encoder-decoder the
+        continuation alone; or its output class, whose `scores` are logarithms of averaged probabilities.
 
     Raises:
         ValueError: If `num_samples` is negative, the posterior does not belong to the model, the model is an
-            encoder-decoder, or an argument asks for what cannot be averaged.
+            encoder-decoder with a `generate` of its own, such as Whisper, or an argument asks for what cannot be
+            averaged.
 
     Source:
         arXiv:2503.05318, which calls it the token-level posterior.
     """
     check_samples(posterior, num_samples, seed)
     inner = _language_model(model)
-    if asked := sorted(set(_REFUSED) & set(generate_kwargs)):
+    if asked := sorted(set(_REFUSED) & {*inputs, *generate_kwargs}):
         raise ValueError(
             f"`{asked[0]}` must be left out where several weight samples generate together. Use it in a plain "
             f"`generate` inside `posterior.sampled`."
@@ -92,10 +96,10 @@ def _language_model(model: nn.Module) -> Any:
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     if not hasattr(inner, "generate") or not inner.can_generate():
         raise ValueError(f"`model` must be able to generate, got {type(inner).__name__}. Load it as a language model.")
-    if inner.config.is_encoder_decoder:
+    if inner.config.is_encoder_decoder and type(inner).generate is not GenerationMixin.generate:
         raise ValueError(
-            f"`model` must be a decoder alone, got the encoder-decoder {type(inner).__name__}. Choose among the texts "
-            f"of `sample_generations` by `minimum_bayes_risk`."
+            f"`model` must have the `generate` of all models, got the encoder-decoder {type(inner).__name__}, which "
+            f"has one of its own. Choose among the texts of `sample_generations` by `minimum_bayes_risk`."
         )
     return inner
 
@@ -119,17 +123,53 @@ def _draw(
     return samples
 
 
-class _Caches(DynamicCache):
-    """The cache of the first weight sample, with those of the others beside it."""
+class _Caches:
+    """The cache of the first weight sample, with those of the others beside it: put before its class in the bases."""
 
-    def __init__(self, config: Any, num_samples: int) -> None:
-        super().__init__(config=config)
-        self.others = [DynamicCache(config=config) for _ in range(num_samples - 1)]
+    others: Sequence[Any] = ()
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
         for cache in self.others:
             cache.reorder_cache(beam_idx)
+
+
+class _DecoderCaches(_Caches, DynamicCache):
+    pass
+
+
+class _EncoderDecoderCaches(_Caches, EncoderDecoderCache):
+    pass
+
+
+def _caches(config: Any, num_samples: int) -> _Caches:
+    """Return empty caches, of the class and the size that `generate` would make."""
+
+    def one() -> Any:
+        dynamic = {"config": config.get_text_config(decoder=True)}
+        if config.is_encoder_decoder:
+            return _EncoderDecoderCaches(DynamicCache(**dynamic), DynamicCache(**dynamic))
+        return _DecoderCaches(**dynamic)
+
+    first: _Caches = one()
+    first.others = [one() for _ in range(num_samples - 1)]
+    return first
+
+
+class _Encode(nn.Module):
+    """A model whose forward pass is that of its encoder; weights have the names of the whole model, below `model`."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.model.get_encoder()(**kwargs)
+
+
+def _own(encoded: Any, index: int) -> Any:
+    """Return what the encoder of one weight sample gave, out of all of them side by side."""
+    return type(encoded)(**{k: v[:, index] if isinstance(v, Tensor) else v for k, v in encoded.items()})
 
 
 class _Averaged:
@@ -140,20 +180,40 @@ class _Averaged:
         # A shallow copy has the same weights and modules, but a forward pass of its own: the model is not touched.
         self.front = copy.copy(model)
         self.front.forward = functools.update_wrapper(functools.partial(self.forward), model.forward)
+        if model.config.is_encoder_decoder:
+            plain = model.get_encoder()
+            encoder = copy.copy(plain)
+            encoder.forward = functools.update_wrapper(functools.partial(self.encode), plain.forward)
+            self.front.get_encoder = lambda: encoder
 
     def generate(self, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or self.model.generation_config
         if kwargs.setdefault("use_cache", config.use_cache is not False):
             if "past_key_values" not in inspect.signature(self.model.forward).parameters:
                 raise ValueError(self._other_cache())
-            kwargs["past_key_values"] = _Caches(self.model.config, len(self.weights))
+            kwargs["past_key_values"] = _caches(self.model.config, len(self.weights))
         return self.front.generate(**kwargs)
 
-    def forward(self, *args: Any, past_key_values: _Caches | None = None, **kwargs: Any) -> Any:
+    def encode(self, **kwargs: Any) -> Any:
+        """Return the encoder's outputs at every weight sample, side by side: tensors of shape (batch, S, ...)."""
+        encoder = _Encode(self.model)
+        found = [
+            functional_call(encoder, {f"model.{name}": w for name, w in weights.items()}, kwargs=kwargs)
+            for weights in self.weights
+        ]
+        # Not in front of the batch: `generate` repeats what is in the first place, once for each beam.
+        side_by_side = {
+            k: torch.stack([one[k] for one in found], dim=1) for k, v in found[0].items() if isinstance(v, Tensor)
+        }
+        return type(found[0])(**side_by_side)
+
+    def forward(self, *args: Any, past_key_values: Any = None, encoder_outputs: Any = None, **kwargs: Any) -> Any:
         caches = [] if past_key_values is None else [past_key_values, *past_key_values.others]
         total = torch.zeros(())
         for index, weights in enumerate(self.weights):
             own = {"past_key_values": caches[index]} if caches else {}
+            if encoder_outputs is not None:
+                own["encoder_outputs"] = _own(encoder_outputs, index)
             output = functional_call(self.model, weights, args, {**kwargs, **own})
             if caches and output.get("past_key_values") is not caches[index]:
                 raise ValueError(self._other_cache())

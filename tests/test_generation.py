@@ -5,12 +5,16 @@ import threading
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from hf_ivon.draws import sample_generator
@@ -32,7 +36,27 @@ def gpt2():
     return tiny.gpt2(pad_token_id=0).eval()
 
 
-MODELS = {"gpt2": gpt2, "llama": llama}
+def t5():
+    """An encoder-decoder with tied embeddings, relative positions."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": tiny.VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2}
+    special = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    return T5ForConditionalGeneration(T5Config(**sizes, **special, num_layers=2)).eval()
+
+
+def bart():
+    """An encoder-decoder with learnt positions."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": tiny.VOCABULARY, "d_model": 16, "max_position_embeddings": 32, "init_std": 0.3}
+    layers = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in
+              (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    return BartForConditionalGeneration(BartConfig(**sizes, **layers, **special, forced_eos_token_id=None)).eval()
+
+
+DECODERS = {"gpt2": gpt2, "llama": llama}
+ENCODER_DECODERS = {"t5": t5, "bart": bart}
+MODELS = DECODERS | ENCODER_DECODERS
 PROMPTS = {
     "input_ids": torch.tensor([[3, 9, 4], [0, 5, 11]]),
     "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]]),
@@ -56,7 +80,7 @@ def averaged_next_token(model, posterior, ids, num_samples, seed):
     return (total / num_samples).log()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DECODERS)
 def test_greedy_search_is_the_loop_without_a_cache(name):
     """With one cache for all, or caches at the wrong place, tokens after the first come from other texts' keys."""
     model = MODELS[name]()
@@ -95,10 +119,40 @@ def test_a_posterior_without_width_generates_as_the_model_does(name, options):
     assert torch.equal(posterior_generate(model, None, PROMPTS, num_samples=0, **settings), plain)
 
 
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_greedy_search_of_an_encoder_decoder_is_the_loop_without_a_cache(name):
+    """A decoder that reads another weight sample's encoding, or the mean's, is a model that nobody has drawn."""
+    model = ENCODER_DECODERS[name]()
+    posterior, before = tiny.posterior_of(model, std=0.3), weights_of(model)
+    found = posterior_generate(
+        model,
+        posterior,
+        PROMPTS,
+        num_samples=3,
+        seed=5,
+        max_new_tokens=5,
+        eos_token_id=None,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    ids = torch.full((2, 1), model.config.decoder_start_token_id)
+    for step in range(5):
+        total = 0
+        for index in range(3):
+            with posterior.sampled(model, sample_generator(5, index)), torch.no_grad():
+                total = total + model(**PROMPTS, decoder_input_ids=ids).logits[:, -1].double().softmax(-1)
+        torch.testing.assert_close(found.scores[step].double(), (total / 3).log(), rtol=1e-4, atol=1e-4)
+        ids = torch.cat([ids, total.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(found.sequences, ids)
+    assert not torch.equal(ids, model.generate(**PROMPTS, max_new_tokens=5, eos_token_id=None))
+    assert unchanged(model, before)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}])
-def test_the_cache_changes_nothing(options):
+@pytest.mark.parametrize("name", ["llama", *ENCODER_DECODERS])
+def test_the_cache_changes_nothing(name, options):
     """Beams change places in every step; a cache that is not moved along belongs to another beam."""
-    model = llama()
+    model = MODELS[name]()
     posterior = tiny.posterior_of(model, std=0.3)
     settings = {"num_samples": 3, "max_new_tokens": 6, "eos_token_id": None, **options}
     with_cache = posterior_generate(model, posterior, PROMPTS, **settings)
@@ -182,9 +236,10 @@ def test_threads_take_turns():
     assert all(torch.equal(found[seed], expected[seed]) for seed in range(4))
 
 
-def test_each_weight_sample_generates_alone():
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_each_weight_sample_generates_alone(name):
     """Hypotheses of the mean, or of one draw again and again, are no sample of the posterior."""
-    model = llama()
+    model = MODELS[name]()
     posterior = tiny.posterior_of(model, std=0.5)
     found = sample_generations(model, posterior, PROMPTS, num_samples=3, seed=2, max_new_tokens=6)
     assert len(found) == 3
@@ -196,14 +251,16 @@ def test_each_weight_sample_generates_alone():
     assert torch.equal(at_mean[0], model.generate(**PROMPTS, max_new_tokens=6))
 
 
-def test_encoder_decoders_are_for_minimum_bayes_risk():
-    """Their encoder runs once, before any token: averaged, it would be at other weights than the decoder."""
-    sizes = {"vocab_size": tiny.VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+def test_an_encoder_decoder_with_a_generate_of_its_own_is_for_minimum_bayes_risk():
+    """Whisper generates segment after segment, and would read one segment's keys and values in the next."""
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
+    model = WhisperForConditionalGeneration(
+        WhisperConfig(vocab_size=tiny.VOCABULARY, d_model=16, **layers, **special)
+    ).eval()
     posterior = tiny.posterior_of(model)
-    assert len(sample_generations(model, posterior, PROMPTS, num_samples=2, max_new_tokens=3)) == 2
-    with pytest.raises(ValueError, match="must be a decoder alone, got the encoder-decoder T5"):
-        posterior_generate(model, posterior, PROMPTS, num_samples=2)
+    with pytest.raises(ValueError, match="got the encoder-decoder WhisperForConditionalGeneration, which has one of"):
+        posterior_generate(model, posterior, {"input_features": torch.zeros(1, 80, 3000)}, num_samples=2)
 
 
 def test_other_kinds_of_memory_need_the_whole_text():
@@ -222,9 +279,11 @@ def test_what_cannot_be_averaged_is_named():
     """Ignored, these arguments would give tokens of one weight sample for those of all."""
     model = gpt2()
     posterior = tiny.posterior_of(model)
-    for name in ("assistant_model", "past_key_values", "output_hidden_states"):
+    for name in ("assistant_model", "encoder_outputs", "past_key_values", "output_hidden_states"):
         with pytest.raises(ValueError, match=f"`{name}` must be left out where several weight samples"):
             posterior_generate(model, posterior, PROMPTS, num_samples=2, **{name: True})
+        with pytest.raises(ValueError, match=f"`{name}` must be left out where several weight samples"):
+            posterior_generate(model, posterior, {**PROMPTS, name: True}, num_samples=2)
     with pytest.raises(ValueError, match="`posterior` must be given for 2 weight samples"):
         posterior_generate(model, None, PROMPTS, num_samples=2)
     with pytest.raises(ValueError, match="must belong to the model"):
