@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_ivon.metrics.classification import check_bins, checked, confidence_bins
 from hf_ivon.parts import layer_of
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _STYLES = (
     ("#56B4E9", (0, (3, 1, 1, 1)), "P"),
 )
 _INK = "#222222"
+_ROUNDING = 1e-6  # how far below 0 an entropy may be, of probabilities that add up to a little more than 1
 _MAX_ELEMENTS = 1_000_000  # weights of one layer that a quantile looks at, evenly spread
 
 
@@ -108,16 +110,17 @@ def sigma_per_layer(posterior: Posterior, path: str | PathLike[str], *, title: s
         The path.
 
     Raises:
-        ValueError: If the posterior holds no tensor.
+        ValueError: If the posterior holds no weight.
     """
     import numpy as np
     import torch
 
-    if not posterior.names():
-        raise ValueError("`posterior` must hold at least one tensor, got none. Take it from a trained optimizer.")
     layers: dict[str, list[str]] = {}
     for name in sorted(posterior.names(), key=_natural):
-        layers.setdefault(layer_of(name), []).append(name)
+        if posterior.variance[name].numel():
+            layers.setdefault(layer_of(name), []).append(name)
+    if not layers:
+        raise ValueError("`posterior` must hold at least one weight, got none. Take it from a trained optimizer.")
     quantiles = []
     for names in layers.values():
         stride = math.ceil(sum(posterior.variance[name].numel() for name in names) / _MAX_ELEMENTS)
@@ -152,15 +155,18 @@ def reliability_diagram(
     Args:
         predictions: Name to probabilities, (N, C), and labels, (N,).
         path: Where to; the ending says the format.
-        num_bins: Bins of equal width over the confidence; empty ones are left out.
+        num_bins: Bins of equal width over the confidence, those of `expected_calibration_error`; empty ones are left
+            out.
         title: Heading; None is none.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If there is nothing to draw.
+        ValueError: If there is nothing to draw, or probabilities, labels or `num_bins` have a wrong shape, dtype or
+            value.
     """
+    check_bins(num_bins)
     if not predictions:
         raise ValueError("`predictions` must hold something to draw, got nothing. Predict first.")
     figure, axes = _axes(width=4.6, height=4.4)
@@ -168,8 +174,9 @@ def reliability_diagram(
     for (name, (probabilities, labels)), (colour, dashes, marker) in zip(
         predictions.items(), itertools.cycle(_STYLES), strict=False
     ):
-        confidence, predicted = probabilities.double().max(dim=1)
-        bins = (confidence * num_bins).long().clamp_max(num_bins - 1)
+        probabilities, labels = checked(probabilities, labels)
+        confidence, predicted = probabilities.max(dim=1)
+        bins = confidence_bins(confidence, num_bins)
         counts = bins.bincount(minlength=num_bins)
         used = counts > 0
         total = counts[used].double()
@@ -200,14 +207,21 @@ def entropy_histograms(
         The path.
 
     Raises:
-        ValueError: If there is nothing to draw.
+        ValueError: If there is nothing to draw, or a value is negative or not finite.
     """
     if not entropies or not all(len(values) for values in entropies.values()):
         raise ValueError("`entropies` must hold values for every name, got none. Predict first.")
-    highest = max(float(values.max()) for values in entropies.values()) or 1.0
+    for name, values in entropies.items():
+        if not values.isfinite().all() or values.min() < -_ROUNDING:
+            raise ValueError(
+                f"`entropies` must be finite and at least 0, got {values.min().item():.3g} to "
+                f"{values.max().item():.3g} for {name!r}. Check the model, and pass entropies, not scores."
+            )
+    highest = max(float(values.max()) for values in entropies.values())
+    highest = highest if highest > 0 else 1.0
     figure, axes = _axes(width=6.0, height=3.8)
     for (name, values), (colour, dashes, _) in zip(entropies.items(), itertools.cycle(_STYLES), strict=False):
-        shares = values.double().cpu().histc(num_bins, 0.0, highest) / len(values)
+        shares = values.double().cpu().clamp_min(0.0).histc(num_bins, 0.0, highest) / len(values)
         edges = [highest * k / num_bins for k in range(num_bins + 1)]
         axes.stairs(shares.tolist(), edges, color=colour, linestyle=dashes, linewidth=1.8, label=name)
         axes.stairs(shares.tolist(), edges, color=colour, alpha=0.15, fill=True)
@@ -237,10 +251,15 @@ def metric_by_samples(
         The path.
 
     Raises:
-        ValueError: If there is nothing to draw.
+        ValueError: If there is nothing to draw, or a number of samples is less than 1.
     """
     if not curves or not all(curves.values()):
         raise ValueError("`curves` must hold a metric for some numbers of samples, got none. Predict first.")
+    if (fewest := min(number for by_number in curves.values() for number in by_number)) < 1:
+        raise ValueError(
+            f"`curves` must be by numbers of samples of at least 1, got {fewest}, which has no place on a logarithmic "
+            f"axis. Pass what takes no samples in `references`."
+        )
     figure, axes = _axes(width=6.0, height=3.8)
     styles = itertools.cycle(_STYLES)
     for (name, by_number), (colour, dashes, marker) in zip(curves.items(), styles, strict=False):

@@ -43,6 +43,19 @@ def test_adaptive_bins_hold_equally_many():
     assert metrics.adaptive_calibration_error(p[:3], y[:3], num_bins=15) >= 0
 
 
+def test_adaptive_bins_do_not_hang_on_the_order_of_the_data():
+    """Examples of one confidence are cut anywhere into bins: sorted labels would look far worse than mixed ones."""
+    tied = torch.tensor([[0.7, 0.3]] * 4)
+    for labels in ([0, 0, 1, 1], [0, 1, 0, 1], [1, 0, 0, 1]):
+        found = metrics.adaptive_calibration_error(tied, torch.tensor(labels), num_bins=2)
+        assert found == pytest.approx(0.2), "half are right, of all as of each bin"
+    p, y = predictions(300)
+    p = torch.softmax((p * 5).round(), dim=1)  # few confidences, so many ties
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    found = metrics.adaptive_calibration_error(p[order], y[order])
+    assert found == pytest.approx(metrics.adaptive_calibration_error(p, y), abs=1e-12)
+
+
 @given(st.integers(1, 50), st.integers(2, 5), st.integers(0, 1000), st.integers(1, 20))
 @settings(max_examples=50, deadline=None)
 def test_briers_parts_add_up(num_examples, num_classes, seed, num_bins):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_ivon.metrics import expected_calibration_error
 from hf_ivon.plots import (
     entropy_histograms,
     metric_by_samples,
@@ -103,6 +104,12 @@ def test_sigma_is_grouped_by_layer_in_order(tmp_path, figures):
     assert "σ (unit of the weights)" in axes.get_xlabel()
 
 
+def test_empty_tensors_have_no_width(tmp_path, figures):
+    """A layer that a model leaves empty would end the figure of all others in an error."""
+    sigma_per_layer(posterior_of(a__weight=[0.5], b__weight=[]), tmp_path / "sigma.png")
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["a"]
+
+
 def test_pyplot_is_left_alone(tmp_path):
     """A notebook's own figures or a server without a display would be disturbed."""
     code = (
@@ -126,7 +133,7 @@ def test_nothing_to_draw(tmp_path, histories, message):
     """An empty picture would pass for a result."""
     with pytest.raises(ValueError, match=message):
         training_curves(histories, tmp_path / "curves.png")
-    with pytest.raises(ValueError, match="`posterior` must hold at least one tensor"):
+    with pytest.raises(ValueError, match="`posterior` must hold at least one weight"):
         sigma_per_layer(posterior_of(), tmp_path / "sigma.png")
     assert list(tmp_path.iterdir()) == []
 
@@ -145,6 +152,34 @@ def test_reliability_is_the_share_of_right_ones(tmp_path, figures):
         reliability_diagram({}, tmp_path / "r.png")
 
 
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "message"),
+    [
+        ([[2.0, -1.0]], [0], "Apply `softmax` to logits first"),
+        ([[float("nan"), 0.5]], [0], "must be free of NaN"),
+        ([[0.5, 0.5]], [-100], r"`labels` must be in \[0, 2\)"),
+        ([], [], "at least one example"),
+    ],
+)
+def test_what_is_no_prediction_has_no_reliability(tmp_path, probabilities, labels, message):
+    """Logits, or tokens without a label, would be drawn as a model that is sure and wrong."""
+    given = torch.tensor(probabilities).reshape(-1, 2), torch.tensor(labels, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        reliability_diagram({"model": given}, tmp_path / "r.png")
+
+
+def test_the_diagram_has_the_bins_of_the_calibration_error(tmp_path, figures):
+    """A confidence between two bins, as 1/2, would be in one of them in the figure and in the other in the number."""
+    probabilities = torch.tensor([[0.5, 0.5], [0.4, 0.6], [0.25, 0.75]], dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1])
+    reliability_diagram({"model": (probabilities, labels)}, tmp_path / "r.png", num_bins=2)
+    line = next(line for line in figures[0].axes[0].get_lines() if line.get_label() == "model")
+    points = line.get_xydata().tolist()
+    assert points == [[0.5, 1.0], [pytest.approx(0.675), 0.5]]
+    error = sum(n / 3 * abs(share - mean) for n, (mean, share) in zip((1, 2), points, strict=True))
+    assert expected_calibration_error(probabilities, labels, num_bins=2) == pytest.approx(error)
+
+
 def test_entropies_are_shares_of_one_range(tmp_path, figures):
     """Two sets of different sizes must be comparable: shares, over the same bins."""
     sets = {"in": torch.tensor([0.0, 0.1, 0.1, 0.1]), "out": torch.tensor([1.0, 0.9])}
@@ -154,6 +189,17 @@ def test_entropies_are_shares_of_one_range(tmp_path, figures):
     assert shown[0].edges.tolist() == [0.0, 0.5, 1.0]
     with pytest.raises(ValueError, match="`entropies` must hold values"):
         entropy_histograms({"in": torch.zeros(0)}, tmp_path / "e.png")
+
+
+def test_entropies_are_all_counted_or_refused(tmp_path, figures):
+    """A sure prediction whose entropy is rounded to just below 0 would be missing, and NaN would name no figure."""
+    entropy_histograms({"in": torch.tensor([-2e-16, 1.0], dtype=torch.float64)}, tmp_path / "e.png", num_bins=2)
+    entropy_histograms({"in": torch.tensor([-2e-16, 0.0], dtype=torch.float64)}, tmp_path / "e.png", num_bins=2)
+    shown = [next(p for p in f.axes[0].patches if not p.get_fill()).get_data().values.tolist() for f in figures]
+    assert shown == [[0.5, 0.5], [1.0, 0.0]]
+    for wrong in (float("nan"), float("inf"), -0.7):
+        with pytest.raises(ValueError, match="`entropies` must be finite and at least 0, got .* for 'in'"):
+            entropy_histograms({"in": torch.tensor([0.1, wrong])}, tmp_path / "e.png")
 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c"]])
@@ -181,3 +227,5 @@ def test_metrics_are_drawn_at_their_numbers_of_samples_beside_what_takes_none(tm
     assert curve.get_linestyle() != level.get_linestyle()
     with pytest.raises(ValueError, match="Predict first"):
         metric_by_samples({"IVON": {}}, tmp_path / "b.png", ylabel="NLL (nats)")
+    with pytest.raises(ValueError, match="numbers of samples of at least 1, got 0, which has no place"):
+        metric_by_samples({"IVON": {0: 0.5, 4: 0.4}}, tmp_path / "b.png", ylabel="NLL (nats)")

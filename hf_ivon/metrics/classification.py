@@ -85,13 +85,11 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, *, num_bin
         >>> round(expected_calibration_error(torch.tensor([[0.9, 0.1], [0.9, 0.1]]), torch.tensor([0, 1])), 4)
         0.4
     """
-    if not isinstance(num_bins, int) or isinstance(num_bins, bool) or num_bins < 1:
-        raise ValueError(f"`num_bins` must be an integer of at least 1, got {num_bins!r}. 15 is usual.")
+    check_bins(num_bins)
     probabilities, labels = checked(probabilities, labels)
     confidence, predicted = probabilities.max(dim=1)
-    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=confidence.device)
-    bins = torch.bucketize(confidence, edges[1:-1])
-    gaps = torch.zeros_like(edges[1:]).index_add_(0, bins, (predicted == labels).double() - confidence)
+    gaps = torch.zeros(num_bins, dtype=torch.float64, device=confidence.device)
+    gaps.index_add_(0, confidence_bins(confidence, num_bins), (predicted == labels).double() - confidence)
     return (gaps.abs().sum() / len(labels)).item()
 
 
@@ -151,6 +149,8 @@ def top_k_accuracy(probabilities: Tensor, labels: Tensor, *, k: int = 5) -> floa
 def adaptive_calibration_error(probabilities: Tensor, labels: Tensor, *, num_bins: int = 15) -> float:
     """Return the expected calibration error with bins that hold equally many examples.
 
+    Examples of one confidence count alike, also in different bins: each is right as often as all of them are.
+
     Args:
         probabilities: Predicted probabilities, (N, C), any float dtype.
         labels: True classes, (N,), integers in [0, C).
@@ -170,12 +170,12 @@ def adaptive_calibration_error(probabilities: Tensor, labels: Tensor, *, num_bin
         >>> round(adaptive_calibration_error(p, torch.tensor([0, 1]), num_bins=2), 4)
         0.35
     """
-    if not isinstance(num_bins, int) or isinstance(num_bins, bool) or num_bins < 1:
-        raise ValueError(f"`num_bins` must be an integer of at least 1, got {num_bins!r}. 15 is usual.")
+    check_bins(num_bins)
     probabilities, labels = checked(probabilities, labels)
     confidence, predicted = probabilities.max(dim=1)
-    order = confidence.argsort(stable=True)
-    gaps = (predicted == labels).double()[order] - confidence[order]
+    values, group, counts = confidence.unique(return_inverse=True, return_counts=True)
+    right = torch.zeros_like(values).index_add_(0, group, (predicted == labels).double()) / counts
+    gaps = (right - values).repeat_interleave(counts)  # in the order of confidence
     return sum(abs(part.sum().item()) for part in gaps.tensor_split(min(num_bins, len(gaps)))) / len(labels)
 
 
@@ -200,8 +200,7 @@ def brier_decomposition(probabilities: Tensor, labels: Tensor, *, num_bins: int 
     Source:
         Murphy, "A new vector partition of the probability score", 1973; Stephenson et al., 2008, for the last part.
     """
-    if not isinstance(num_bins, int) or isinstance(num_bins, bool) or num_bins < 1:
-        raise ValueError(f"`num_bins` must be an integer of at least 1, got {num_bins!r}. 15 is usual.")
+    check_bins(num_bins)
     probabilities, labels = checked(probabilities, labels)
     happened = torch.zeros_like(probabilities).scatter_(1, labels[:, None], 1.0)
     bins = (probabilities * num_bins).long().clamp_max(num_bins - 1)
@@ -258,6 +257,18 @@ def area_under_risk_coverage(probabilities: Tensor, labels: Tensor) -> float:
     rates = torch.zeros(len(counts), dtype=torch.float64, device=wrong.device).index_add_(0, group, wrong) / counts
     expected = rates.repeat_interleave(counts)
     return mean(expected.cumsum(0) / torch.arange(1, len(labels) + 1, device=wrong.device))
+
+
+def check_bins(num_bins: int) -> None:
+    """Raise a ValueError unless `num_bins` is a number of bins."""
+    if not isinstance(num_bins, int) or isinstance(num_bins, bool) or num_bins < 1:
+        raise ValueError(f"`num_bins` must be an integer of at least 1, got {num_bins!r}. 15 is usual.")
+
+
+def confidence_bins(confidence: Tensor, num_bins: int) -> Tensor:
+    """Return the bin of each confidence, (N,), integers; bins divide (0, 1] evenly and hold their upper end."""
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=confidence.device)
+    return torch.bucketize(confidence, edges[1:-1])
 
 
 def mean(values: Tensor) -> float:
