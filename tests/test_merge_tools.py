@@ -1,6 +1,7 @@
 """What stands around the merging rules: heads, shards, weights by examples, sweeps, the commands."""
 
 import json
+import math
 import re
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from transformers import BertForSequenceClassification
 
 from hf_ivon import load_posterior
+from hf_ivon.cli.merge import _keep_sweep
 from hf_ivon.data import evaluate, load_batches, load_checkpoint
 from hf_ivon.merge import engine, files, load_head, merge
 from hf_ivon.merge.plan import make_plan
@@ -126,6 +128,24 @@ def test_a_sweep_looks_at_every_weight(classifiers):
         assert point["metrics"]["films"] == pytest.approx(evaluate(load_checkpoint(name)[0], batches))
     best = max(p["score"] for p in points)
     assert [p["pareto"] for p in points] == [p["score"] == best for p in points]
+
+
+def test_a_merge_that_broke_is_never_the_best(classifiers):
+    """No number is below NaN: a merge without any perplexity would be on the front, and be chosen."""
+    plan = make_plan([str(classifiers / n) for n in ("films", "books")], None, method="gaussian")
+    values = iter([math.nan, 3.0, 2.0])
+    points = sweep(plan, {"films": lambda m: {"perplexity": next(values)}}, steps=2)
+    assert [p["pareto"] for p in points] == [False, False, True]
+    assert max(points, key=lambda p: p["score"]) is points[2]
+
+
+def test_the_sweeps_figure_names_the_metrics(tmp_path, monkeypatch):
+    """A data set's name alone does not say whether 0.4 is an accuracy or a loss."""
+    drawn = []
+    monkeypatch.setattr("hf_ivon.plots.trade_offs", lambda points, best, path: drawn.extend(points))
+    metrics = {"films": {"accuracy": 0.4, "nll": 0.9}, "scores": {"mse": 0.3}}
+    _keep_sweep([{"weights": [1.0, 0.0], "metrics": metrics, "score": 0.05, "pareto": True}], tmp_path)
+    assert drawn == [{"films (accuracy)": 0.4, "scores (mse)": 0.3}]
 
 
 def test_grid_and_front():

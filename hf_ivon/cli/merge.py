@@ -154,7 +154,8 @@ def _keep_sweep(points: list[dict[str, Any]], directory: Path) -> None:
     from hf_ivon.plots import trade_offs
 
     write_json(directory / "sweep.json", points)
-    values = [{name: main_metric(m)[1] for name, m in point["metrics"].items()} for point in points]
+    shown = [{name: main_metric(m) for name, m in point["metrics"].items()} for point in points]
+    values = [{f"{name} ({metric})": value for name, (metric, value) in point.items()} for point in shown]
     try:
         trade_offs(values, [point["pareto"] for point in points], directory / "sweep.png")
     except ImportError:

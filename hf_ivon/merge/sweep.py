@@ -31,8 +31,9 @@ def sweep(
         scale: Sum of the weights.
 
     Returns:
-        One mapping a merge: `weights`; `metrics` by data set; `score`, the average over data sets, higher is better;
-        `pareto`, whether no other merge is at least as good everywhere and better somewhere.
+        One mapping a merge: `weights`; `metrics` by data set; `score`, the average over data sets, higher is better,
+        and -inf where one is not a number; `pareto`, whether no other merge is at least as good everywhere and better
+        somewhere.
 
     Raises:
         ValueError: If `steps` or `scale` is not positive, a posterior does not belong to its mean, or a name is none
@@ -94,4 +95,6 @@ def main_metric(metrics: Metrics) -> tuple[str, float]:
 
 def _score(metrics: Metrics) -> float:
     name, value = main_metric(metrics)
+    if math.isnan(value):  # no comparison would beat it: the worst of all would be chosen
+        return -math.inf
     return -value if name in _LOWER_IS_BETTER else value
