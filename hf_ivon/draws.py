@@ -51,7 +51,7 @@ def sample_generator(seed: int, index: int) -> torch.Generator:
 
 
 def weight_samples(
-    model: nn.Module, posterior: Posterior | Mixture | None, *, num_samples: int, seed: int
+    model: nn.Module, posterior: Posterior | Mixture | None, *, num_samples: int, seed: int, ess_scale: float = 1.0
 ) -> Iterator[AbstractContextManager[Any]]:
     """Yield contexts, in each of which the model holds one weight sample; in between it holds its mean.
 
@@ -60,6 +60,7 @@ def weight_samples(
         posterior: Its posterior, or a mixture, whose components all have their share of the samples.
         num_samples: Number of weight samples; with 0 there is one context, at the mean.
         seed: Chooses the weight samples.
+        ess_scale: Factor on the precision, see `Posterior.sampled`.
 
     Yields:
         Contexts to be entered once, in order.
@@ -71,7 +72,7 @@ def weight_samples(
     for index in range(num_samples):
         # Every component of a mixture has its share of the samples, rather than what chance gives it.
         which = {"component": order[index]} if order else {}
-        yield posterior.sampled(model, generator=sample_generator(seed, index), **which)
+        yield posterior.sampled(model, generator=sample_generator(seed, index), ess_scale=ess_scale, **which)
 
 
 def weights_lock(model: nn.Module) -> threading.Lock:

@@ -42,6 +42,7 @@ def posterior_generate(
     *,
     num_samples: int,
     seed: int = 0,
+    ess_scale: float = 1.0,
     **generate_kwargs: Any,
 ) -> Any:
     r"""Generate text, each token by its probability averaged over the posterior.
@@ -62,6 +63,7 @@ def posterior_generate(
             and `attention_mask`.
         num_samples: Number of weight samples S; 0 generates at the mean.
         seed: Chooses the weight samples. Tokens are sampled from torch's global generator, as `generate` does.
+        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was learnt.
         generate_kwargs: Passed to `generate`, such as `max_new_tokens`.
 
     Returns:
@@ -86,7 +88,7 @@ def posterior_generate(
     with weights_lock(inner), evaluation_mode(inner):
         if not num_samples or posterior is None:
             return inner.generate(**inputs, **generate_kwargs)
-        average = _Averaged(inner, _draw(model, inner, posterior, num_samples, seed))
+        average = _Averaged(inner, _draw(model, inner, posterior, num_samples, seed, ess_scale))
         return average.generate(**inputs, **generate_kwargs)
 
 
@@ -105,14 +107,14 @@ def _language_model(model: nn.Module) -> Any:
 
 
 def _draw(
-    model: nn.Module, inner: nn.Module, posterior: Posterior | Mixture, num_samples: int, seed: int
+    model: nn.Module, inner: nn.Module, posterior: Posterior | Mixture, num_samples: int, seed: int, ess_scale: float
 ) -> list[dict[str, Tensor]]:
     """Return weight samples by the parameter names of the inner model."""
     names = {p: name for name, p in inner.named_parameters()}
     keys = posterior_keys(model)
     drawn = posterior.names() if isinstance(posterior, Posterior) else list(keys)
     samples = []
-    for weights in weight_samples(model, posterior, num_samples=num_samples, seed=seed):
+    for weights in weight_samples(model, posterior, num_samples=num_samples, seed=seed, ess_scale=ess_scale):
         with weights:
             if lost := [k for k in drawn if keys[k] not in names]:
                 raise ValueError(
@@ -236,6 +238,7 @@ def sample_generations(
     *,
     num_samples: int,
     seed: int = 0,
+    ess_scale: float = 1.0,
     **generate_kwargs: Any,
 ) -> list[Any]:
     """Generate with each of several weight samples in turn, for `minimum_bayes_risk` to choose from.
@@ -248,6 +251,7 @@ def sample_generations(
         inputs: What a tokenizer returns: `input_ids` of shape (batch, length) and `attention_mask`.
         num_samples: Number of weight samples S; 0 generates once, at the mean.
         seed: Chooses the weight samples. Tokens are sampled from torch's global generator, as `generate` does.
+        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was learnt.
         generate_kwargs: Passed to `generate`, such as `do_sample` and `num_return_sequences`.
 
     Returns:
@@ -261,7 +265,7 @@ def sample_generations(
     plain: Any = unwrap(model)
     results = []
     with weights_lock(plain), evaluation_mode(plain):
-        for weights in weight_samples(model, posterior, num_samples=num_samples, seed=seed):
+        for weights in weight_samples(model, posterior, num_samples=num_samples, seed=seed, ess_scale=ess_scale):
             with weights:
                 results.append(plain.generate(**inputs, **generate_kwargs))
     return results

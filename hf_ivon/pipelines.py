@@ -35,6 +35,7 @@ def pipeline(
     posterior: Posterior | Mixture | None = None,
     num_samples: int = 16,
     seed: int = 0,
+    ess_scale: float = 1.0,
     abstain_above: float | None = None,
     abstain_by: str = "entropy",
     **kwargs: Any,
@@ -63,6 +64,7 @@ def pipeline(
         posterior: The posterior that belongs to the model, or a mixture; None reads it from where the model is.
         num_samples: Number of weight samples; 0 predicts at the mean, without a posterior.
         seed: Chooses the weight samples.
+        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was learnt.
         abstain_above: Uncertainty above which no label is given, in the unit of `abstain_by`; None never abstains.
         abstain_by: Which uncertainty that is: "entropy", "mutual_information", or "variance" for a regression.
         kwargs: Passed to `transformers.pipeline`, such as `device`, `batch_size`, `revision` or `top_k`.
@@ -96,7 +98,7 @@ def pipeline(
     pipe = transformers.pipeline(task, model=model, pipeline_class=_CLASSES[task], **kwargs)
     if posterior is None and num_samples:
         posterior = _read_posterior(str(place), pipe.model, kwargs)
-    pipe.posterior, pipe.num_samples, pipe.seed = posterior, num_samples, seed
+    pipe.posterior, pipe.num_samples, pipe.seed, pipe.ess_scale = posterior, num_samples, seed, ess_scale
     pipe.abstain_above, pipe.abstain_by = abstain_above, abstain_by
     pipe.check()
     return pipe
@@ -132,6 +134,7 @@ class _PosteriorPipeline:
     posterior: Posterior | Mixture | None = None
     num_samples = 0
     seed = 0
+    ess_scale = 1.0
     abstain_above: float | None = None
     abstain_by = "entropy"
 
@@ -183,7 +186,9 @@ class _PosteriorPipeline:
             )
         averages = [ScoreAverage(function) for _ in batches]
         others: list[dict[str, Any]] = [{} for _ in batches]  # what a tagger hands on beside the logits
-        samples = weight_samples(self.model, self.posterior, num_samples=self.num_samples, seed=self.seed)
+        samples = weight_samples(
+            self.model, self.posterior, num_samples=self.num_samples, seed=self.seed, ess_scale=self.ess_scale
+        )
         with weights_lock(self.model), evaluation_mode(self.model):
             for weights in samples:
                 with weights:

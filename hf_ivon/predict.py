@@ -78,6 +78,7 @@ def posterior_predict(
     num_samples: int,
     tolerance: float = 0.0,
     seed: int = 0,
+    ess_scale: float = 1.0,
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Prediction:
@@ -98,6 +99,7 @@ def posterior_predict(
         tolerance: Stop earlier, once two weight samples in a row each move the average by less than this: of
             probabilities the total variation, of numbers the distance, averaged over the examples. 0 takes all.
         seed: Chooses the weight samples.
+        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was learnt.
         device: Where the batches go; None is the device of the model's first parameter.
         progress: Show a bar for each pass over the data.
 
@@ -122,7 +124,8 @@ def posterior_predict(
         raise ValueError(f"`tolerance` must be at least 0, got {tolerance!r}. 0 takes all samples, 1e-3 is fine.")
     average: ScoreAverage | None = None
     votes, labels, small = torch.zeros((), dtype=torch.float64), None, 0
-    settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "device": device, "progress": progress}
+    settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "ess_scale": ess_scale}
+    settings |= {"device": device, "progress": progress}
     for rows, given in _passes(model, posterior, data, _outputs, **settings):
         labels, regression = given, rows.shape[1] == 1
         if problem == "regression" and not regression:
@@ -155,6 +158,7 @@ def posterior_perplexity(
     *,
     num_samples: int,
     seed: int = 0,
+    ess_scale: float = 1.0,
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
@@ -171,6 +175,7 @@ def posterior_perplexity(
         data: Batches with `labels` of shape (batch, length), as for `posterior_predict`.
         num_samples: Number of weight samples; 0 predicts at the mean.
         seed: Chooses the weight samples.
+        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was learnt.
         device: Where the batches go; None is the device of the model's first parameter.
         progress: Show a bar for each pass over the data.
 
@@ -183,7 +188,8 @@ def posterior_perplexity(
             predict, or the logits do not fit the labels.
     """
     total = torch.full((), -math.inf, dtype=torch.float64)
-    settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "device": device, "progress": progress}
+    settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "ess_scale": ess_scale}
+    settings |= {"device": device, "progress": progress}
     for rows, _ in _passes(model, posterior, data, _token_log_probabilities, **settings):
         total = torch.logaddexp(total, rows)
     if not total.numel():
@@ -203,6 +209,7 @@ def _passes(
     *,
     num_samples: int,
     seed: int,
+    ess_scale: float,
     device: torch.device | str | None,
     progress: bool,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -212,7 +219,8 @@ def _passes(
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     first = None
-    for index, weights in enumerate(weight_samples(model, posterior, num_samples=num_samples, seed=seed)):
+    samples = weight_samples(model, posterior, num_samples=num_samples, seed=seed, ess_scale=ess_scale)
+    for index, weights in enumerate(samples):
         with torch.no_grad(), evaluation_mode(model), weights:
             shown = _shown(data, f"weight sample {index + 1} of {num_samples}" if num_samples else "mean", progress)
             parts = [read(model, _on_device(batch, device)) for batch in shown]

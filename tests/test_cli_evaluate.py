@@ -18,16 +18,16 @@ __all__ = ["classifiers"]
 def test_the_evaluate_command(classifiers):
     """What a downloaded checkpoint is worth: the command's numbers must be those of the functions, in both columns."""
     model, output = classifiers / "films", classifiers / "numbers" / "films.json"
-    start = ["evaluate", model, "--data", classifiers / "films.jsonl", "--num-samples", 5]
+    start = ["evaluate", model, "--data", classifiers / "films.jsonl", "--num-samples", 5, "--ess-scale", 0.5]
     result = invoke(*start, "--ood-data", classifiers / "books.jsonl", "--output", output, "--plots", classifiers)
     assert result.exit_code == 0, result.output
     results = json.loads(output.read_text())
     loaded, tokenizer = load_checkpoint(model)
     batches = load_batches(classifiers / "films.jsonl", loaded, tokenizer)
-    found = posterior_predict(loaded, load_posterior(model, loaded), batches, num_samples=5)
+    found = posterior_predict(loaded, load_posterior(model, loaded), batches, num_samples=5, ess_scale=0.5)
     assert results["mean"]["accuracy"] == evaluate(loaded, batches)["accuracy"]
     assert results["averaged"]["brier"] == pytest.approx(metrics.brier_score(found.probabilities, found.labels))
-    assert results["num_samples"] == 5
+    assert (results["num_samples"], results["ess_scale"]) == (5, 0.5)
     assert all((classifiers / f"{name}.png").stat().st_size > 1000 for name in ("reliability", "entropy"))
     assert 0 <= results["averaged"]["auroc"] <= 1
     for name, value in results["averaged"].items():

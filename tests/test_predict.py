@@ -204,6 +204,18 @@ def test_sample_i_is_the_same_whatever_the_number():
     assert not any(torch.equal(a, b) for i, a in enumerate(many + other) for b in (many + other)[:i])
 
 
+def test_ess_scale_is_a_factor_on_the_precision():
+    """A posterior made wider after training would be sampled at the width that it was learnt with."""
+    model = Linear(3, 2)
+    mean, x, posterior = model.linear.weight.detach().clone(), torch.randn(4, 3), posterior_of(model)
+    for scale in (1.0, 0.25):
+        posterior_predict(model, posterior, batches(x), num_samples=1, seed=3, ess_scale=scale)
+    learnt, wider = (weights - mean for weights in model.seen)
+    torch.testing.assert_close(wider, 2 * learnt)
+    with pytest.raises(ValueError, match="`ess_scale` must be"):
+        posterior_predict(model, posterior, batches(x), num_samples=1, ess_scale=0.0)
+
+
 def test_global_random_state_is_left_alone():
     """Evaluating in the middle of training would change dropout and data order after it."""
     model, x = Linear(4, 3), torch.randn(2, 4)

@@ -15,6 +15,9 @@ def evaluate(
     tolerance: Annotated[
         float, typer.Option(help="Stop when a sample moves the average by less than this; 0 takes all.")
     ] = 0.0,
+    ess_scale: Annotated[
+        float, typer.Option(help="Factor on the posterior's precision; below 1 it is wider than it was learnt.")
+    ] = 1.0,
     ood_data: Annotated[Path | None, typer.Option(help="Examples of another domain, to be told apart.")] = None,
     text_columns: Annotated[
         list[str] | None, typer.Option(help="Columns that hold text, one or two; all that do by default.")
@@ -36,7 +39,8 @@ def evaluate(
             raise ValueError("`ood_text_columns` must come with `ood_data`. Add --ood-data.")
         columns = {"text_columns": text_columns or [], "max_length": max_length, "batch_size": batch_size}
         ood_columns = {**columns, "text_columns": ood_text_columns or columns["text_columns"]}
-        results = run(model, data, num_samples, tolerance, ood_data, columns, ood_columns, plots, seed)
+        sampling = {"num_samples": num_samples, "seed": seed, "ess_scale": ess_scale}
+        results = run(model, data, sampling, tolerance, ood_data, columns, ood_columns, plots)
     except (ValueError, ImportError) as err:
         typer.echo(f"error: {err}", err=True)
         raise typer.Exit(2) from None
@@ -53,15 +57,14 @@ def evaluate(
 def run(
     model_name: str,
     file: Path,
-    num_samples: int,
+    sampling: dict[str, Any],
     tolerance: float,
     ood_file: Path | None,
     columns: dict[str, Any],
     ood_columns: dict[str, Any],
     plots: Path | None,
-    seed: int,
 ) -> dict[str, Any]:
-    """Return the file's name as `data`, metrics as `mean` and `averaged`, and the number of weight samples."""
+    """Return the file's name as `data`, metrics as `mean` and `averaged`, `num_samples` and `ess_scale`."""
     from hf_ivon.data import is_language_model, load_batches, load_checkpoint, metrics_of
     from hf_ivon.metrics import out_of_domain_detection
     from hf_ivon.posterior import Posterior
@@ -72,26 +75,31 @@ def run(
     batches = load_batches(file, model, tokenizer, **columns)
     if is_language_model(model):
         _only_for_classifiers("a language model", ood_data=ood_file, plots=plots, tolerance=tolerance or None)
-        settings: dict[str, dict[str, Any]] = {"mean": {"num_samples": 0}, "averaged": {"num_samples": num_samples}}
-        found = {k: posterior_perplexity(model, posterior, batches, seed=seed, **v) for k, v in settings.items()}
+        settings = {"mean": {"num_samples": 0}, "averaged": sampling}
+        found = {k: posterior_perplexity(model, posterior, batches, **v) for k, v in settings.items()}
         metrics = {k: {"perplexity": v["perplexity"]} for k, v in found.items()}
-        return {"data": file.name, **metrics, "num_samples": num_samples}
+        return {
+            "data": file.name,
+            **metrics,
+            "num_samples": sampling["num_samples"],
+            "ess_scale": sampling["ess_scale"],
+        }
     outside = None
     if ood_file is not None:
         outside = [
             {k: v for k, v in batch.items() if k != "labels"}
             for batch in load_batches(ood_file, model, tokenizer, **ood_columns)
         ]
-    results: dict[str, Any] = {"data": file.name}
+    results: dict[str, Any] = {"data": file.name, "ess_scale": sampling["ess_scale"]}
     entropies, reliability = {}, {}
-    for name, number in (("mean", 0), ("averaged", num_samples)):
-        found_here = posterior_predict(model, posterior, batches, num_samples=number, tolerance=tolerance, seed=seed)
+    for name, options in (("mean", {"num_samples": 0}), ("averaged", {**sampling, "tolerance": tolerance})):
+        found_here = posterior_predict(model, posterior, batches, **options)
         if found_here.probabilities is None:
             _only_for_classifiers("a regression", ood_data=ood_file, plots=plots)
         results[name] = metrics_of(found_here)
         results["num_samples"] = found_here.num_samples
         if outside is not None:
-            others = posterior_predict(model, posterior, outside, num_samples=number, tolerance=tolerance, seed=seed)
+            others = posterior_predict(model, posterior, outside, **options)
             results[name] |= out_of_domain_detection(-found_here.entropy, -others.entropy)
             entropies |= {f"in domain, {name}": found_here.entropy, f"out of domain, {name}": others.entropy}
         if found_here.probabilities is not None:
