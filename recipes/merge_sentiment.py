@@ -198,6 +198,10 @@ def study(arguments: argparse.Namespace, setup: str, seed: int, data: Path, flag
         guided = {"method": "uncertainty", **shared}
         rows[f"{name}, weights 1"] = done.evaluate(name, "test", sources, weights=ones, **guided)
         rows[f"{name}, tuned"] = done.tuned(name, sources, SCALES, **guided)
+        # Without a Hessian of the base: the average by the models' own.
+        rows[f"{name}, no prior"] = done.evaluate(
+            f"{name} without", "test", sources, weights=ones, base_hessian=0.0, **guided
+        )
     return [[n, r.get("scale"), *(r[t] for t in TASKS), statistics.mean(r[t] for t in TASKS)] for n, r in rows.items()]
 
 

@@ -82,6 +82,18 @@ def test_uncertainty_is_the_papers_equation(models, monkeypatch, weights, block)
     BertForSequenceClassification.from_pretrained(directory / "out")
 
 
+def test_the_hessian_of_the_base_may_be_given(models):
+    """After training with a strong prior the curvatures of the models would hardly count."""
+    directory, names, _ = models
+    merge(names, directory / "out", base_model=directory / "base", base_hessian=0.0)
+    merge(names, directory / "fisher", method="fisher")  # which is what is left of the rule then
+    for key, value in tensors(directory / "out").items():
+        torch.testing.assert_close(value, tensors(directory / "fisher")[key], rtol=1e-5, atol=1e-6)
+    for settings in ({"base_hessian": -1.0}, {"base_hessian": 1.0, "method": "average"}):
+        with pytest.raises(ValueError, match="`base_hessian` must be a number of at least 0, for uncertainty, got"):
+            merge(names, directory / "no", base_model=directory / "base", **settings)
+
+
 def test_uncertainty_has_its_limits():
     """One model is itself; equal Hessians with weights that add up to 1 average; no curvature moves nothing."""
     generator = torch.Generator().manual_seed(0)

@@ -43,7 +43,15 @@ def test_merging_study_end_to_end(tmp_path, data, model_dir, capsys):
     flags += ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--use_cpu", "true"]
     merge_sentiment.main([*flags, "--save_strategy", "no", "--disable_tqdm", "true"])
     first = capsys.readouterr().out
-    for row in ("single: imdb", "base: imdb", "task arithmetic", "TIES", "SG, tuned", "IVON, weights 1"):
+    for row in (
+        "single: imdb",
+        "base: imdb",
+        "task arithmetic",
+        "TIES",
+        "SG, tuned",
+        "IVON, weights 1",
+        "IVON, no prior",
+    ):
         assert row in first
     kept = [
         json.loads(line)["sentence"] for line in (tmp_path / "out" / "data" / "rotten_tomatoes" / "test.jsonl").open()

@@ -55,6 +55,9 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help=f"Of the merged weights: {', '.join(_DTYPES)}.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     density: Annotated[float, typer.Option(help="Share of each difference that ties and dare keep.")] = 0.2,
+    base_hessian: Annotated[
+        float | None, typer.Option(help="For uncertainty: a number in place of the prior's; small trusts the models.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
     sweep: Annotated[
         int | None, typer.Option(min=1, help="Try all weights in steps of 1/N, and merge with the best.")
@@ -77,6 +80,7 @@ def merge(
     if dtype is not None and dtype not in _DTYPES:
         raise typer.BadParameter(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     rule: dict[str, Any] = {"base_model": base_model, "method": method, "heads": heads, "density": density}
+    rule["base_hessian"] = base_hessian
     try:
         chosen = _numbers(weights)
         points = None

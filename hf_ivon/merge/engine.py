@@ -65,6 +65,7 @@ def merge(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     density: float = 0.2,
+    base_hessian: float | None = None,
     seed: int = 0,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -90,6 +91,8 @@ def merge(
         dtype: Of the merged weights; the first model's by default.
         max_shard_size: Largest file, in bytes or like "5GB"; adapters are always one file.
         density: Share of each difference that `ties` and `dare` keep.
+        base_hessian: For `uncertainty`: the Hessian of the base, one number in place of what the models' prior, or the
+            base's posterior, says; small trusts the models' own Hessians alone, loss/param².
         seed: Of what `dare` drops.
         dry_run: Look for problems and return the plan without reading weights.
 
@@ -111,6 +114,7 @@ def merge(
         into_base=into_base,
         output_dir=target,
         density=density,
+        base_hessian=base_hessian,
         seed=seed,
     )
     report: dict[str, Any] = plan.summary()

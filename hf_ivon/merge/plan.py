@@ -36,6 +36,7 @@ class Plan:
         products: "concat" or "svd" if the models are adapters whose products are merged; then there is no layout.
         fold_into: The base model that merged adapters are folded into; None if they stay an adapter.
         density: Share of each difference that `ties` and `dare` keep.
+        base_hessian: For `uncertainty`, the Hessian of the base; None is what the prior, or its posterior, says.
         seed: Of what `dare` drops.
     """
 
@@ -53,6 +54,7 @@ class Plan:
     products: str | None = None
     fold_into: Checkpoint | None = None
     density: float = 0.2
+    base_hessian: float | None = None
     seed: int = 0
 
     def base_name(self, name: str) -> str:
@@ -98,6 +100,7 @@ def make_plan(
     into_base: bool = False,
     output_dir: Path | None = None,
     density: float = 0.2,
+    base_hessian: float | None = None,
     seed: int = 0,
 ) -> Plan:
     """Look at all files' headers and return the plan.
@@ -113,6 +116,7 @@ def make_plan(
         into_base: Fold merged adapters into their base model.
         output_dir: Where the result goes; None if it is not written.
         density: Share that `ties` and `dare` keep.
+        base_hessian: The Hessian of the base for `uncertainty`, loss/param².
         seed: Of what `dare` drops.
 
     Returns:
@@ -123,7 +127,7 @@ def make_plan(
     """
     products = adapters is not None
     needs_base = method in NEEDS_BASE and not products
-    problems = _settings_problems(models, method, weights, output_dir, density)
+    problems = _settings_problems(models, method, weights, output_dir, density, base_hessian)
     if needs_base and base_model is None:
         problems.append(f"`base_model` must be given for {method}, which starts from it")
     opened = [Checkpoint.open(m, problems) for m in models]
@@ -175,6 +179,7 @@ def make_plan(
         products=adapters,
         fold_into=fold_into,
         density=density,
+        base_hessian=base_hessian,
         seed=seed,
     )
 
@@ -221,6 +226,7 @@ def _settings_problems(
     weights: Sequence[float] | Literal["examples"] | None,
     output_dir: Path | None,
     density: float,
+    base_hessian: float | None,
 ) -> list[str]:
     problems = []
     if method not in METHODS:
@@ -236,6 +242,8 @@ def _settings_problems(
             problems.append(f"`weights` must be numbers of at least 0, not all 0, got {list(weights)}")
     if not 0 < density <= 1:
         problems.append(f"`density` must be in (0, 1], got {density}")
+    if base_hessian is not None and not (method == "uncertainty" and 0 <= base_hessian < float("inf")):
+        problems.append(f"`base_hessian` must be a number of at least 0, for uncertainty, got {base_hessian}")
     if output_dir is not None and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         problems.append(f"`output_dir` must be empty or new, got {str(output_dir)!r}")
     return problems

@@ -195,7 +195,9 @@ def size_of(config: PosteriorConfig, name: str) -> float:
 
 
 def _base_hessian(plan: Plan, name: str, precision: Tensor | None) -> Tensor:
-    """Return the base's own Hessian if it has a posterior, else the prior's, averaged over the models."""
+    """Return the number that was given; else the base's own Hessian, else the prior's, averaged over the models."""
+    if plan.base_hessian is not None:
+        return torch.tensor(plan.base_hessian)
     if precision is not None and plan.base is not None:
         return _hessian(plan.base.config, plan.base_name(name), precision)
     configs = [m.config for m in plan.models if m.config is not None]
