@@ -5,6 +5,8 @@ Sample number i of a seed is the same draw however many samples are asked for, a
 
 from __future__ import annotations
 
+import hashlib
+import struct
 import threading
 import weakref
 from collections.abc import Iterator
@@ -16,7 +18,6 @@ from torch import nn
 
 from hf_ivon.mean import unwrap
 from hf_ivon.mixture import Mixture
-from hf_ivon.sampling import generator_seed
 
 if TYPE_CHECKING:
     from hf_ivon.posterior import Posterior
@@ -43,6 +44,19 @@ def check_samples(posterior: Posterior | Mixture | None, num_samples: int, seed:
         raise ValueError(f"`seed` must be an integer in [0, 2**63), got {seed!r}. Pass a non-negative integer.")
     if posterior is None and num_samples:
         raise ValueError(f"`posterior` must be given for {num_samples} weight samples. Pass 0 to predict at the mean.")
+
+
+def generator_seed(*key: int) -> int:
+    """Return a generator's seed that is a function of a key, different in every bit for keys that differ in one.
+
+    Args:
+        key: 64-bit integers.
+
+    Returns:
+        An integer in [0, 2**63).
+    """
+    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ivon import distributed, functional, replicas
+from hf_ivon import distributed, functional, replicas, windows
 from hf_ivon.capture import GradientCapture
 from hf_ivon.execution import Execution
+from hf_ivon.interrupts import interrupts_deferred
 from hf_ivon.options import SQUARED, check_options, check_same_estimator
-from hf_ivon.sampling import Draw, WeightSampler, interrupts_deferred
+from hf_ivon.sampling import Draw, WeightSampler
 from hf_ivon.state import (
     adopt_changes,
     complete_state,
@@ -218,14 +219,22 @@ class IVON(torch.optim.Optimizer):
             failed = False
         finally:
             with interrupts_deferred():
-                try:
-                    if train and not failed:
-                        self._capture.take_products()
-                finally:
-                    self._sampler.restore()
-            self._inside = False
-            if train:
-                self._capture.end(failed)
+                self._leave(train, failed)
+
+    def _leave(self, train: bool, failed: bool) -> None:
+        """Put the means back; whatever is raised meanwhile, the optimizer is outside afterwards."""
+        try:
+            if train and not failed:
+                failed = True
+                self._capture.take_products()
+                failed = False
+        finally:
+            try:
+                self._sampler.restore()
+            finally:
+                self._inside = False
+                if train:
+                    self._capture.end(failed)
 
     def _advance_window(self) -> None:
         self._eval_draws = 0
@@ -294,10 +303,7 @@ class IVON(torch.optim.Optimizer):
         if len(losses) == 1 or losses[0] is None:
             return losses[0]
         if self._capture.averaged is False:
-            raise RuntimeError(
-                "The closure must call `optimizer.zero_grad()` before its backward pass when `mc_samples` is above 1, "
-                "so that its samples are averaged. Add the call."
-            )
+            raise RuntimeError(windows.CLOSURE)
         return sum(losses[1:], losses[0]) / len(losses)
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:

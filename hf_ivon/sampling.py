@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import signal
-import struct
-import threading
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,19 +18,6 @@ from hf_ivon.state import state_dtype
 
 # One for each group, and again if other parameters are trained; old ones are forgotten.
 _MAX_PACKS = 64
-
-
-def generator_seed(*key: int) -> int:
-    """Return a generator's seed that is a function of a key, different in every bit for keys that differ in one.
-
-    Args:
-        key: 64-bit integers.
-
-    Returns:
-        An integer in [0, 2**63).
-    """
-    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass(frozen=True)
@@ -205,17 +186,18 @@ class WeightSampler:
         return products
 
     def restore(self) -> None:
-        """Write the means back; an interrupt in between is raised after all of them are in place."""
+        """Write the means back; what is raised in between is raised after all of them are in place."""
         try:
             self._write_means()
         except BaseException:  # restoring twice is harmless, half is not
             self._write_means()
             raise
-        self.forget_copies()
-        self.give_back({p: self.means[p] for p in self._borrowed})
-        self._borrowed.clear()
-        self._sampled_packs.clear()
-        self.means.clear()
+        finally:
+            self.forget_copies()
+            self.give_back({p: self.means[p] for p in self._borrowed})
+            self._borrowed.clear()
+            self._sampled_packs.clear()
+            self.means.clear()
 
     def forget_copies(self) -> None:
         """Drop copies of the weights as they were: casts that autocast keeps, whole tensors that FSDP keeps."""
@@ -234,25 +216,3 @@ class WeightSampler:
                 weights.copy_(mean)
                 if p not in self._borrowed:
                     self.written[p] = weights._version
-
-
-@contextmanager
-def interrupts_deferred() -> Generator[None, None, None]:
-    """Let signals' handlers wait until the block has ended: half-written weights could not be told from whole ones."""
-    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread alone
-        yield
-        return
-    waiting: list[tuple[int, FrameType | None]] = []
-    handlers = {}
-    for interrupt in (signal.SIGINT, signal.SIGTERM):
-        handler = signal.getsignal(interrupt)
-        if callable(handler):
-            handlers[int(interrupt)] = handler
-            signal.signal(interrupt, lambda number, frame: waiting.append((number, frame)))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in waiting:
-            handlers[number](number, frame)

@@ -31,6 +31,10 @@ AUTOGRAD_GRAD = (
     "`torch.autograd.grad` with respect to parameters was called inside `sampled_params(train=True)`; its gradients "
     "cannot be told from those of the training loss. Call `loss.backward()` here, and `torch.autograd.grad` outside."
 )
+CLOSURE = (
+    "The closure must call `optimizer.zero_grad()` before its backward pass when `mc_samples` is above 1, so that its "
+    "samples are averaged. Add the call."
+)
 
 
 @dataclass

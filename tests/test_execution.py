@@ -2,7 +2,6 @@
 
 import logging
 import re
-import signal
 
 import pytest
 import torch
@@ -89,7 +88,7 @@ def test_the_mean_comes_back_bit_for_bit_whatever_the_way(fused):
         assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
-def test_compiled_passes_were_really_taken(caplog):
+def test_compiled_passes_were_really_taken():
     """Tests of the compiled way would otherwise test the eager one twice."""
     run = execution.compiled("cpu")
     assert run is not None
@@ -199,40 +198,6 @@ def test_gradients_clipped_inside_the_block_are_noticed_and_then_kept_out_of_the
             torch.testing.assert_close(optimizer._capture.curvature(p)[0], product * (0.1 if step == 0 else 1.0))
             optimizer.step()
     assert [r.message for r in caplog.records if "changed inside" in r.message] == [caplog.records[0].message]
-
-
-def test_an_interrupt_between_mean_and_product_waits():
-    """Ctrl-C while the weights are half put back must leave them whole."""
-    params = make_params()
-    before = [p.detach().clone() for p in params]
-    optimizer = IVON(params, lr=0.1, ess=50.0)
-    original = optimizer._execution.take_product
-
-    def interrupted(*args):
-        signal.raise_signal(signal.SIGINT)
-        original(*args)
-
-    optimizer._execution.take_product = interrupted
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt), optimizer.sampled_params(train=True):
-            sum(p.square().sum() for p in params).backward()
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
-
-
-def test_interrupts_are_not_touched_outside_of_the_main_thread():
-    """Handlers can only be set in the main thread; elsewhere that would raise."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    def inside():
-        with sampling.interrupts_deferred():
-            return "fine"
-
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(inside).result() == "fine"
 
 
 def test_packs_follow_parameters_that_move():

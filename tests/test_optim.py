@@ -93,6 +93,8 @@ def test_mean_survives_an_interrupt_while_it_is_restored(monkeypatch):
     with pytest.raises(KeyboardInterrupt), optimizer.sampled_params(train=True):
         pass
     assert_equal(model, before)
+    assert not optimizer.is_sampled
+    assert not optimizer._sampler.means
 
 
 def test_storages_never_move():
