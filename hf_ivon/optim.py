@@ -19,7 +19,7 @@ from hf_ivon import distributed, functional, replicas, windows
 from hf_ivon.capture import GradientCapture
 from hf_ivon.execution import Execution
 from hf_ivon.interrupts import interrupts_deferred
-from hf_ivon.options import SQUARED, check_options, check_same_estimator
+from hf_ivon.options import SQUARED, check_common_options, check_options
 from hf_ivon.sampling import Draw, WeightSampler
 from hf_ivon.state import (
     adopt_changes,
@@ -53,7 +53,7 @@ class IVON(torch.optim.Optimizer):
     summed if the gradients add up (gradient accumulation; the losses carry the weights).
 
     Args:
-        params: Parameters or parameter groups, as for any torch optimizer; every option below may differ by group.
+        params: Parameters or groups of them; groups share `hess_approx`, `foreach` and `fused`, no other option.
         lr: Learning rate, at least 0.
         ess: Effective sample size λ, number of training examples (of label tokens for a language model), > 0.
         hess_init: Start value h0 of the Hessian, loss/param² per example, > 0.
@@ -153,7 +153,7 @@ class IVON(torch.optim.Optimizer):
             param_group: `params`, and any option of this class for them; `prior_mean` may be tensors, in order.
 
         Raises:
-            ValueError: If an option is out of range, or `hess_approx` differs from that of the other groups.
+            ValueError: If an option is out of range, or one that is common to all groups differs.
         """
         given = None
         if not isinstance(param_group.get("prior_mean", "zero"), str):
@@ -163,7 +163,7 @@ class IVON(torch.optim.Optimizer):
         check_options(options)
         if options["prior_mean"] == "given" and given is None and hasattr(self, "_capture"):
             raise ValueError("`prior_mean` must be given for the new group too. Pass tensors, 'init' or 'zero' in it.")
-        check_same_estimator(options, self.param_groups)
+        check_common_options(options, self.param_groups, self.defaults)
         if self.param_groups:
             param_group.setdefault("window", self.param_groups[0]["window"])
         super().add_param_group(param_group)

@@ -94,18 +94,27 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"`{name}` must be {rule}, got {options[name]!r}. {remedy}")
 
 
-def check_same_estimator(options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Check that a new parameter group has the `hess_approx` of the others: their gradients are captured one way.
+def check_common_options(
+    options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> None:
+    """Check that a new parameter group shares what cannot differ: how gradients are captured, and how passes run.
 
     Args:
         options: Options of the new group.
         groups: The groups that are there.
+        defaults: Options of the optimizer.
 
     Raises:
-        ValueError: If it differs.
+        ValueError: If one differs.
     """
     if any(group["hess_approx"] != options["hess_approx"] for group in groups):
         raise ValueError(
             f"`hess_approx` must be the same in all groups, got {options['hess_approx']!r} beside "
             f"{groups[0]['hess_approx']!r}. Choose one."
         )
+    for name in ("foreach", "fused"):
+        if options[name] != defaults[name]:
+            raise ValueError(
+                f"`{name}` must be the same in all groups, got {options[name]!r} in a group of an optimizer with "
+                f"{defaults[name]!r}. Pass it to the optimizer, not to a group."
+            )

@@ -547,3 +547,13 @@ def test_dropped_window_warns_once(caplog):
                 model(torch.randn(3, 4)).sum().backward()
             optimizer.zero_grad()
     assert len([r for r in caplog.records if "dropped gradients" in r.message]) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("foreach", False), ("fused", True)])
+def test_how_passes_run_is_not_an_option_of_a_group(name, value):
+    """It was read from the optimizer alone: a group's own value had no effect, silently."""
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=f"`{name}` must be the same in all groups"):
+        make_ivon([{"params": [p]}, {"params": [q], name: value}])
+    optimizer = make_ivon([p], **{name: value})
+    optimizer.add_param_group({"params": [q], name: value})
