@@ -66,9 +66,7 @@ class Execution:
         tensors = (theta, mean, hess)
         return None if theta.numel() % 4 or self._compiled(*tensors) is None else tuple(_apart(t) for t in tensors)
 
-    def sample_compiled(
-        self, theta: Tensor, lanes: Lanes, words: list[int], *, ess: float, weight_decay: float
-    ) -> bool:
+    def sample_compiled(self, theta: Tensor, lanes: Lanes, words: Tensor, *, ess: float, weight_decay: float) -> bool:
         """Copy a whole tensor into its buffer and put a weight sample into it, by a compiled pass.
 
         Args:
@@ -89,7 +87,7 @@ class Execution:
         theta: Tensor,
         mean: Tensor,
         hess: Tensor,
-        words: list[int],
+        words: Tensor,
         *,
         ess: float,
         weight_decay: float,
@@ -109,7 +107,7 @@ class Execution:
             total: Number of elements of the whole; None is those of `theta`.
         """
         total = theta.numel() if total is None else total
-        device_words = torch.tensor(words, device=theta.device)
+        words = words.to(theta.device, non_blocking=True)
         if theta.dtype == mean.dtype and theta.numel() == total and theta.is_contiguous() and hess.is_contiguous():
             lanes = [_lanes(t) for t in (theta, mean, hess)]
             width = -(-total // 4)
@@ -118,10 +116,10 @@ class Execution:
                 columns = torch.arange(begin, min(begin + step, width), device=theta.device)
                 parts = [[lane[begin : begin + step] for lane in tensor] for tensor in lanes]
                 thetas, means, hesses = parts
-                passes.sample_lanes(thetas, means, hesses, columns, device_words, ess, weight_decay)
+                passes.sample_lanes(thetas, means, hesses, columns, words, ess, weight_decay)
             return
         for part, m, h in cache_sized(theta, mean, hess):
-            noise = normal_range(start, start + m.numel(), total, device_words).to(m.dtype).view(m.shape)
+            noise = normal_range(start, start + m.numel(), total, words).to(m.dtype).view(m.shape)
             part.copy_(sample(m, h, noise, ess=ess, weight_decay=weight_decay))
             start += m.numel()
 
@@ -184,9 +182,9 @@ class Compiled:
         self._functions = {name: compile_(f, dynamic=True, fullgraph=True) for name, f in functions.items()}
         self._failed = False
 
-    def sample(self, theta: Tensor, lanes: Lanes, words: list[int], ess: float, weight_decay: float) -> bool:
+    def sample(self, theta: Tensor, lanes: Lanes, words: Tensor, ess: float, weight_decay: float) -> bool:
         """Run the first pass on a whole tensor, whose size is a multiple of four; see `Execution.sample_compiled`."""
-        done = self.call("sample", *lanes, torch.tensor(words, device=theta.device), ess, weight_decay)
+        done = self.call("sample", *lanes, words.to(theta.device, non_blocking=True), ess, weight_decay)
         if done:
             torch.autograd.graph.increment_version(theta)
         return done

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ MAX_ELEMENTS = 2**14
 def packable(p: Tensor) -> bool:
     """Tell whether a parameter may go into a pack."""
     return type(p) in (Tensor, torch.nn.Parameter) and p.dtype == torch.float32 and 0 < p.numel() <= MAX_ELEMENTS
+
+
+def pack_key(group: Mapping[str, Any], p: Tensor) -> tuple[int, torch.device]:
+    """Return what parameters of one pack have in common: the options of their group, and the device."""
+    return id(group), p.device
 
 
 class Pack:
@@ -48,13 +54,13 @@ class Pack:
         """Tell whether the pack is of these parameters, where they are now."""
         return self._key == [(id(p), p.data_ptr(), index) for p, index in zip(params, indices, strict=True)]
 
-    def noise(self, words: Sequence[int]) -> Tensor:
+    def noise(self, words: Tensor) -> Tensor:
         """Return the noise of all parameters, fp32, (size,): for each what it would have on its own.
 
         Args:
             words: Output of `hf_ivon.philox.noise_words`; the index in it is not used.
         """
-        k0, k1, _, c2, c3 = torch.tensor(words, device=self._columns.device).unsqueeze(1)
+        k0, k1, _, c2, c3 = words.to(self._columns.device, non_blocking=True).unsqueeze(1)
         return torch.cat(normal_lanes(self._columns, (k0, k1, self._indices, c2, c3)))[self._order]
 
     def flat(self, name: str) -> Tensor:

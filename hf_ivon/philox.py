@@ -88,7 +88,7 @@ def normal_lanes(columns: Tensor, words: Tensor | tuple[Tensor, ...]) -> tuple[T
     return *box_muller(w0, w1), *box_muller(w2, w3)
 
 
-def noise_words(key: tuple[int, ...], index: int) -> list[int]:
+def noise_words(key: tuple[int, ...], index: int) -> Tensor:
     """Return what makes a tensor's noise its own: four words that are a function of the key, and its number.
 
     Args:
@@ -96,11 +96,11 @@ def noise_words(key: tuple[int, ...], index: int) -> list[int]:
         index: Number of the tensor, in [0, 2**32).
 
     Returns:
-        Five integers in [0, 2**32): Philox's key, and the last three words of its counter.
+        Five integers in [0, 2**32), int64, on the CPU: Philox's key, and the last three words of its counter.
     """
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=16).digest()
     k0, k1, c2, c3 = struct.unpack("<4I", digest)
-    return [k0, k1, index, c2, c3]
+    return torch.tensor([k0, k1, index, c2, c3])
 
 
 def normal_range(start: int, stop: int, total: int, words: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_ivon import distributed
 from hf_ivon.execution import Execution, Lanes
 from hf_ivon.functional import sample
-from hf_ivon.packs import Pack, packable
+from hf_ivon.packs import Pack, pack_key, packable
 from hf_ivon.philox import noise_words
 from hf_ivon.state import state_dtype
 
@@ -69,10 +69,10 @@ class WeightSampler:
             draws: The parameters, in the order of their optimizer.
         """
         self._execution.plan(sum(draw.p.numel() for draw in draws))
-        packed: dict[int, list[Draw]] = {}
+        packed: dict[Any, list[Draw]] = {}
         for draw in draws:
             if self._execution.packs and packable(draw.p) and "mean" not in draw.state:
-                packed.setdefault(id(draw.group), []).append(draw)
+                packed.setdefault(pack_key(draw.group, draw.p), []).append(draw)
             else:
                 self._perturb_one(draw)
         for members in packed.values():

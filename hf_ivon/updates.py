@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_ivon import distributed, functional, passes
 from hf_ivon.capture import GradientCapture
 from hf_ivon.execution import Execution
-from hf_ivon.packs import packable
+from hf_ivon.packs import pack_key, packable
 from hf_ivon.passes import UpdateOptions
 from hf_ivon.sampling import WeightSampler
 
@@ -49,12 +49,12 @@ def apply_updates(
         execution: How the passes over memory are run.
     """
     torch._foreach_add_([entry.state["step"] for entry in entries], 1)
-    packed: dict[tuple[int, float, float], list[Entry]] = {}
+    packed: dict[tuple[Any, float, float], list[Entry]] = {}
     for entry in entries:
         steps, divisor = float(entry.state["step"]), capture.curvature(entry.p)[1]
         plain = "mean" not in entry.state and "prior_mean" not in entry.state and entry.grad.dtype == entry.p.dtype
         if execution.packs and plain and packable(entry.p):
-            packed.setdefault((id(entry.group), steps, divisor), []).append(entry)
+            packed.setdefault((pack_key(entry.group, entry.p), steps, divisor), []).append(entry)
         else:
             _update_one(entry, _options(entry.group, steps, divisor), capture, sampler, execution)
     for (_, steps, divisor), members in packed.items():

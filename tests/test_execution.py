@@ -249,7 +249,7 @@ def test_a_shard_has_its_part_of_the_noise_where_passes_are_compiled(monkeypatch
     sampler = sampling.WeightSampler(execution.Execution(None, True))
     group = {"ess": 1.0, "weight_decay": 0.0}
     sampler.perturb([sampling.Draw(p, group, {"hess": torch.ones(p.shape)}, (1, 2), 3)])
-    words = torch.tensor(philox.noise_words((1, 2), 3))
+    words = philox.noise_words((1, 2), 3)
     torch.testing.assert_close(p.detach()[half:], philox.normal_range(half, p.numel(), p.numel(), words))
 
 
@@ -267,7 +267,7 @@ def test_a_compiled_pass_is_one_loop_without_temporaries(name, reads, writes):
     from torch._inductor.utils import run_and_get_code
 
     a, b, c, d, e = (torch.rand(2**16) + 0.1 for _ in range(5))
-    words = torch.tensor(philox.noise_words((1,), 0))
+    words = philox.noise_words((1,), 0)
     apart = [execution._apart(t) for t in (a, b, c)]
     arguments = {
         "sample": (*apart, words, 10.0, 1e-3),

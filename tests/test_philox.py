@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_ivon import philox
-from hf_ivon.packs import Pack
+from hf_ivon.packs import Pack, pack_key
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_noise_is_standard_normal_and_independent_between_lanes_tensors_and_keys
     """A wrong width of the noise would be a wrong posterior; equal noise in two places a wrong Hessian."""
     n = 400_000
     draws = [
-        philox.normal_range(0, n, n, torch.tensor(philox.noise_words(key, index)))
+        philox.normal_range(0, n, n, philox.noise_words(key, index))
         for key, index in (((1, 0), 0), ((1, 0), 1), ((1, 1), 0), ((2, 0), 0))
     ]
     lanes = draws[0].view(4, -1)
@@ -64,7 +64,7 @@ def test_noise_is_standard_normal_and_independent_between_lanes_tensors_and_keys
 @pytest.mark.parametrize("total", [1, 2, 5, 8, 1003])
 def test_noise_does_not_depend_on_how_a_tensor_is_cut(total):
     """Shards would get another sample than one process."""
-    words = torch.tensor(philox.noise_words((1, 2), 3))
+    words = philox.noise_words((1, 2), 3)
     whole = philox.normal_range(0, total, total, words)
     assert whole.shape == (total,)
     for start in {0, total // 4, total // 2, total - 1}:
@@ -78,5 +78,27 @@ def test_a_pack_gives_each_tensor_the_noise_that_it_has_alone():
     indices = [4, 0, 7, 9, 2]
     noise = Pack(params, indices).noise(philox.noise_words((5, 6), 0))
     for part, p, index in zip(noise.split([p.numel() for p in params]), params, indices, strict=True):
-        words = torch.tensor(philox.noise_words((5, 6), index))
+        words = philox.noise_words((5, 6), index)
         torch.testing.assert_close(part, philox.normal_range(0, p.numel(), p.numel(), words), rtol=0.0, atol=1e-6)
+
+
+def test_a_pack_is_of_one_device_and_one_group():
+    """A model spread over devices has small tensors on each; side by side in one buffer they cannot be."""
+    here, there = torch.ones(3), torch.ones(3, device="meta")
+    group, other = {"ess": 1.0}, {"ess": 1.0}
+    assert pack_key(group, here) == pack_key(group, torch.zeros(5))
+    assert len({pack_key(group, here), pack_key(group, there), pack_key(other, here)}) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_words_go_to_an_accelerator_without_waiting_for_it():
+    """A wait for every tensor would stall the device a hundred times a step."""
+    params = [nn.Parameter(torch.zeros(100, device="cuda")) for _ in range(3)]
+    pack = Pack(params, range(3))
+    pack.noise(philox.noise_words((1, 2), 0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pack.noise(philox.noise_words((1, 2), 0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
