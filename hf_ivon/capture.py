@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ from torch import Tensor
 from hf_ivon import distributed, replicas, windows
 from hf_ivon.functional import cache_sized
 from hf_ivon.sampling import WeightSampler
-from hf_ivon.state import state_dtype
-from hf_ivon.windows import Context
+from hf_ivon.state import parameter_names, state_dtype
+from hf_ivon.windows import Context, Gradients
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,14 @@ class GradientCapture:
         self._late = True
         self._context: Context | None = None
         self._buffers: dict[Tensor, Tensor] = {}
+        self._attached: list[Tensor] | None = None
         self._hooked: set[Tensor] = set()
+        self._sharded: list[Tensor] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._groups = replicas.GroupGradients()
         weakref.finalize(self, _remove_all, self._handles)
         self._at_mean: set[Tensor] = set()
-        self._stale: dict[Tensor, tuple[int, int]] = {}
+        self._stale = Gradients([])
         self.clear()
 
     def clear(self) -> None:
@@ -69,11 +72,15 @@ class GradientCapture:
         self._broken: set[Tensor] = set()
         self._started: set[Tensor] = set()
 
-    def attach(self, params: Iterable[Tensor]) -> None:
+    def attach(self, params: list[Tensor]) -> None:
         """Hook the parameters that are not hooked yet; the hooks die with this object."""
+        if params is self._attached:
+            return
+        self._attached = params
         reference = weakref.ref(self)
         new = [p for p in params if p not in self._hooked]
         self._groups.watch(new)
+        self._sharded += [p for p in new if distributed.is_sharded(p)]
         for p in new:
 
             def on_gradient(grad: Tensor, p: Tensor = p) -> Tensor | None:
@@ -113,7 +120,7 @@ class GradientCapture:
         before = {p: (p.grad, p.grad._version) for p in self.captured if p.grad is not None}
         inverse_scale = 1.0 if grad_scale is None else 1.0 / grad_scale
         # Sharded gradients are seen when they were added to; what they were added to must be known from before.
-        stale = {p: p.grad for p in self._stale if distributed.is_sharded(p) and self._is_stale(p)}
+        stale = {p: p.grad for p in self._sharded if self._stale.is_there(p)}
         self._context = Context(weight, inverse_scale, before, stale)
         self.entered += 1
         return dropped
@@ -126,8 +133,12 @@ class GradientCapture:
         context = self._context
         if context is None or not context.late:
             return
-        grads = {p: p.grad for p in context.late if p.grad is not None}
-        if any(not g._is_view() and (id(g), g._version) != context.late[p] for p, g in grads.items()):
+        grads, changed = {}, False
+        for p, left in context.late.items():
+            if (grad := p.grad) is not None:
+                grads[p] = grad
+                changed = changed or (left != (id(grad), grad._version) and not grad._is_view())
+        if changed:
             self._late = False
             logger.warning(
                 "Gradients were changed inside `sampled_params(train=True)` after the backward pass, and the Hessian "
@@ -195,12 +206,12 @@ class GradientCapture:
                 for p, (g, version) in context.before.items()
             }
         self._at_mean.clear()
-        self._stale.clear()
+        self._stale = Gradients([])
         return dropped
 
     # ------------------------------------------------------------------ the step
 
-    def check(self, params: Iterable[Tensor], names: dict[Tensor, str], mc_samples: int) -> None:
+    def check(self, params: Iterable[Tensor], groups: Iterable[Mapping[str, Any]], mc_samples: int) -> None:
         """Make sure that every gradient was taken at weight samples.
 
         A gradient that this process did not see may be another process's, brought here by its reduction.
@@ -213,9 +224,8 @@ class GradientCapture:
         shared = self.contexts > 0 and distributed.world_size() > 1
         for p in params:
             if (p not in self.captured and not shared) or p in self._at_mean:
-                raise RuntimeError(
-                    windows.STALE if self._is_stale(p) else windows.AT_MEAN.format(name=names.get(p, "?"))
-                )
+                name = parameter_names(groups).get(p, "?")
+                raise RuntimeError(windows.STALE if self._stale.is_there(p) else windows.AT_MEAN.format(name=name))
         if self.contexts % mc_samples:
             raise RuntimeError(
                 f"`mc_samples` is {mc_samples}, but this step ran {self.contexts} training context(s). Run a multiple "
@@ -240,13 +250,22 @@ class GradientCapture:
                 self._buffers[p] = self._sampler.borrow(p).zero_()
         distributed.average_([self._buffers[p] for p in whole])
 
+    @property
+    def divisor(self) -> float:
+        """What the window's buffers are to be divided by."""
+        return float(self.contexts) if self.averaged else 1.0
+
     def curvature(self, p: Tensor) -> tuple[Tensor, float]:
         """Return the window's buffer for `p`, shape of `p`, and the number to divide it by."""
-        return self._buffers[p], float(self.contexts) if self.averaged else 1.0
+        return self._buffers[p], self.divisor
 
-    def finish(self, params: Iterable[Tensor]) -> None:
+    def buffers(self, params: Iterable[Tensor]) -> list[Tensor | None]:
+        """Return the window's buffers for parameters; None for one without."""
+        return list(map(self._buffers.get, params))
+
+    def finish(self, params: Sequence[Tensor]) -> None:
         """Close the window after a step, and remember its gradients to recognize them if they are never cleared."""
-        self._stale = {p: (id(p.grad), p.grad._version) for p in params if p.grad is not None}
+        self._stale = Gradients(params)
         self._at_mean.clear()
         self.clear()
 
@@ -321,12 +340,8 @@ class GradientCapture:
                     "Zero them by `optimizer.zero_grad()`, and clip them after the backward pass."
                 )
             context.cleared.add(context.zeroed or p.grad is None)
-        elif self._is_stale(p):
+        elif self._stale.is_there(p):
             raise RuntimeError(windows.STALE)
-
-    def _is_stale(self, p: Tensor) -> bool:
-        """Tell whether `p.grad` is as the last step left it."""
-        return p.grad is not None and self._stale.get(p) == (id(p.grad), p.grad._version)
 
     def _add_noise_grad(self, context: Context, p: Tensor, grad: Tensor) -> None:
         mean = self._means[p]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_ivon import passes
 from hf_ivon.functional import cache_sized, sample
+from hf_ivon.packs import MAX_ELEMENTS, Pack
 from hf_ivon.passes import UpdateOptions
 from hf_ivon.philox import noise_words, normal_range
 
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 # beside a large tensor on an accelerator.
 _COLUMNS, _ACCELERATOR_COLUMNS = 2**15, 2**22
 # Below this size a compiled pass costs more to call than it saves.
-MIN_COMPILED = 2**15
+MIN_COMPILED = MAX_ELEMENTS
 # A model with fewer trainable weights is trained before the compiler is done.
 _MIN_MODEL = 2**22
 
@@ -123,6 +124,27 @@ class Execution:
             part.copy_(sample(m, h, noise, ess=ess, weight_decay=weight_decay))
             start += m.numel()
 
+    def sample_pack(self, pack: Pack, words: Tensor, *, ess: float, weight_decay: float) -> None:
+        """Put a weight sample into the buffer "theta" of a pack.
+
+        Args:
+            pack: Its buffers "mean" and "hess" are read.
+            words: Output of `noise_words`; the index in it is not used.
+            ess: λ, number of examples.
+            weight_decay: δ, loss/param².
+        """
+        theta, mean, hess = (pack.flat(name) for name in ("theta", "mean", "hess"))
+        words = words.to(theta.device, non_blocking=True)
+        run = self._compiled(theta, mean, hess)
+        if run is None or not run.call("draw_lanes", pack.lanes, pack.columns, pack.indices, words):
+            for columns, indices, *lanes in cache_sized(
+                pack.columns, pack.indices, *pack.lanes, max_elements=_COLUMNS
+            ):
+                passes.draw_lanes(lanes, columns, indices, words)
+        torch.index_select(pack.noise, 0, pack.order, out=theta)
+        for t, m, h in cache_sized(theta, mean, hess):
+            t.copy_(sample(m, h, t, ess=ess, weight_decay=weight_decay))
+
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float) -> None:
         """Run `passes.take_product` on tensors of any size."""
         run = self._compiled(theta, mean, grad)
@@ -175,6 +197,7 @@ class Compiled:
     def __init__(self) -> None:
         functions: dict[str, Callable[..., None]] = {
             "sample": _sample_whole,
+            "draw_lanes": passes.draw_lanes,
             "take_product": passes.take_product,
             "update": passes.update,
         }
@@ -227,21 +250,25 @@ def _compile_and_check(device_type: str) -> Compiled | None:
     """Compile the passes, and compare them with the eager ones on a few numbers."""
     run, eager = Compiled(), Execution(foreach=False, fused=False)
     for size in (4 * 24, 4 * 1000):
-        start = torch.linspace(0.1, 1.0, size, device=device_type)
         words = noise_words((size,), 1)
-        expected = [start * (i + 1) for i in range(5)]
+        start = torch.linspace(0.1, 1.0, size, device=device_type)
+        expected = [start * (i + 1) for i in range(6)]
         tensors = [t.clone() for t in expected]
         options = UpdateOptions(100.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True, False)
-        theta, mean, hess, momentum, grad = expected
+        columns = torch.arange(size // 4, device=device_type)
+        indices = columns // 8
+        theta, mean, hess, momentum, grad, drawn = expected
         mean.copy_(theta)
         eager.sample(theta, mean, hess, words, ess=100.0, weight_decay=1e-3)
         eager.take_product(theta, mean, grad, 1.0)
         eager.update(theta, grad, mean, momentum, hess, None, options)
-        theta, mean, hess, momentum, grad = tensors
+        passes.draw_lanes(_lanes(drawn), columns, indices, words.to(device_type))
+        theta, mean, hess, momentum, grad, drawn = tensors
         ran = (
             run.sample(theta, tuple(_apart(t) for t in (theta, mean, hess)), words, 100.0, 1e-3)
             and run.call("take_product", theta, mean, grad, 1.0)
             and run.call("update", theta, grad, mean, momentum, hess, None, *options)
+            and run.call("draw_lanes", _apart(drawn), columns, indices, words.to(device_type))
         )
         if not ran:
             return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,12 +21,12 @@ from hf_ivon.capture import GradientCapture
 from hf_ivon.execution import Execution
 from hf_ivon.interrupts import interrupts_deferred
 from hf_ivon.options import SQUARED, check_common_options, check_options
+from hf_ivon.roster import Roster
 from hf_ivon.sampling import Draw, WeightSampler
 from hf_ivon.state import (
-    adopt_changes,
     complete_state,
     match_saved_state,
-    parameter_names,
+    own_storage,
     set_prior_means,
     state_dtype,
 )
@@ -134,11 +135,16 @@ class IVON(torch.optim.Optimizer):
         """Make what a checkpoint does not hold: sampler and capture, with their buffers."""
         squared = any(group["hess_approx"] in SQUARED for group in self.param_groups)
         self._execution = Execution(self.defaults["foreach"], self.defaults["fused"])
+        self._roster = Roster(packs=self._execution.packs)
         self._sampler = WeightSampler(self._execution)
         self._capture = GradientCapture(self._sampler, squared=squared)
         self._inside = False
         self._eval_draws = 0
         self._warned_dropped = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = super().__getstate__()
+        return {**kept, "state": defaultdict(dict, {p: own_storage(state) for p, state in self.state.items()})}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a deep copy; the hooks belong to the original and are made anew."""
@@ -194,8 +200,9 @@ class IVON(torch.optim.Optimizer):
             raise RuntimeError("`sampled_params` must not be nested. Leave the outer `with` block first.")
         if not weight > 0:
             raise ValueError(f"`weight` must be positive, got {weight!r}. Pass 1/S for S samples that add up.")
+        self._roster.refresh(self.param_groups, self.state)
         if train:
-            self._capture.attach(p for _, p in self._parameters() if p.requires_grad)
+            self._capture.attach(self._roster.trained)
             if self._capture.begin(weight=weight, grad_scale=grad_scale):
                 self._advance_window()
             draw, stream, rank = self._capture.entered, _TRAIN, distributed.rank()
@@ -206,14 +213,15 @@ class IVON(torch.optim.Optimizer):
         try:
             self._inside = True
             draws = []
-            for index, (group, p) in enumerate(self._parameters()):
+            for index, group, p in self._roster.singles:
                 if p.requires_grad:
                     # A sharded parameter is one in its replica group, and keeps its sample for the whole window.
                     r, d = (replicas.replica(p), 1) if train and distributed.is_sharded(p) else (rank, draw)
                     key = (group["seed"], stream, r, group["window"], d)
                     draws.append(Draw(p, group, self._state(p, group), key, index))
+            packs = {q: (q.group["seed"], stream, rank, q.group["window"], draw) for q in self._roster.packs}
             with interrupts_deferred():
-                self._sampler.perturb(draws)
+                self._sampler.perturb(packs, draws)
             self._sampler.forget_copies()
             yield
             failed = False
@@ -278,19 +286,20 @@ class IVON(torch.optim.Optimizer):
         if self._inside:
             raise RuntimeError("`step()` must not be called inside `sampled_params`. Leave the `with` block first.")
         loss = None if closure is None else self._run_closure(closure)
-        with_grad = [(i, g, p, p.grad) for i, (g, p) in enumerate(self._parameters()) if p.grad is not None]
-        if not with_grad:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
             return loss
-        params = [p for _, _, p, _ in with_grad]
         if not self._capture.captured and all(float(group["lr"]) == 0.0 for group in self.param_groups):
             # torch.distributed.checkpoint steps once with lr=0 and zero gradients to have the state allocated.
-            for _, group, p, _ in with_grad:
-                self._state(p, group)
+            for group, p in self._parameters():
+                if p.grad is not None:
+                    self._state(p, group)
             return loss
-        self._capture.check(params, parameter_names(self.param_groups), self._mc_samples())
+        self._capture.check(params, self.param_groups, self._mc_samples())
         self._capture.reduce(p for _, p in self._parameters() if p.requires_grad)
-        entries = [Entry(p, grad, group, self._state(p, group), i) for i, group, p, grad in with_grad]
-        apply_updates(entries, self._capture, self._sampler, self._execution)
+        self._roster.refresh(self.param_groups, self.state)
+        entries = [Entry(p, g, self._state(p, g)) for _, g, p in self._roster.singles if p.grad is not None]
+        apply_updates(self._roster.packs, entries, self._capture, self._sampler, self._execution)
         self._capture.finish(params)
         self._advance_window()
         return loss
@@ -300,11 +309,7 @@ class IVON(torch.optim.Optimizer):
         for _ in range(self._mc_samples()):
             with torch.enable_grad(), self.sampled_params(train=True):
                 losses.append(closure())
-        if len(losses) == 1 or losses[0] is None:
-            return losses[0]
-        if self._capture.averaged is False:
-            raise RuntimeError(windows.CLOSURE)
-        return sum(losses[1:], losses[0]) / len(losses)
+        return windows.average_loss(losses, self._capture.averaged)
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.param_groups:
@@ -318,10 +323,7 @@ class IVON(torch.optim.Optimizer):
         """Return the state of `p`, complete."""
         state = self.state[p]
         complete_state(p, group, state)
-        version = distributed.local(p)._version
-        if "mean" in state and p not in self._sampler.means and self._sampler.written.get(p) != version:
-            adopt_changes(p, state["mean"])
-            self._sampler.written[p] = version
+        self._sampler.follow(p, state)
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -331,11 +333,9 @@ class IVON(torch.optim.Optimizer):
             RuntimeError: If called inside `sampled_params`: the parameters to save with it would be a sample.
         """
         if self._inside:
-            raise RuntimeError(
-                "`state_dict()` must not be called inside `sampled_params`: the parameters are a sample there, not "
-                "the mean. Save outside of the `with` block."
-            )
-        return super().state_dict()
+            raise RuntimeError(windows.SAVED_INSIDE)
+        saved = super().state_dict()
+        return {**saved, "state": {i: own_storage(state) for i, state in saved["state"].items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; tensors keep full precision, whatever the parameters' dtype.

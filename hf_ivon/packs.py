@@ -2,86 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from itertools import groupby
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_ivon.philox import normal_lanes
-
-# Larger tensors are worth a pass of their own.
-MAX_ELEMENTS = 2**14
-
-
-def packable(p: Tensor) -> bool:
-    """Tell whether a parameter may go into a pack."""
-    return type(p) in (Tensor, torch.nn.Parameter) and p.dtype == torch.float32 and 0 < p.numel() <= MAX_ELEMENTS
+# From this size on tensors are worth a pass of their own.
+MAX_ELEMENTS = 2**15
+# What the state of a parameter in a pack consists of: views on buffers of the pack.
+_STATE = ("step", "momentum", "hess", "prior_mean")
 
 
-def pack_key(group: Mapping[str, Any], p: Tensor) -> tuple[int, torch.device]:
-    """Return what parameters of one pack have in common: the options of their group, and the device."""
-    return id(group), p.device
+def packable(p: Tensor, state: Mapping[str, Any]) -> bool:
+    """Tell whether a parameter with this state may go into a pack."""
+    plain = type(p) in (Tensor, torch.nn.Parameter) and p.dtype == torch.float32 and "mean" not in state
+    return plain and 0 < p.numel() < MAX_ELEMENTS and p.is_contiguous()
+
+
+def pack_key(group: Mapping[str, Any], p: Tensor, state: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what parameters of one pack have in common: options, device, and what their state consists of."""
+    return id(group), p.device, "prior_mean" in state
+
+
+class Buffer:
+    """A flat tensor and its parts.
+
+    Args:
+        flat: Holds the parts one after another.
+        shapes: Shape of each part.
+    """
+
+    def __init__(self, flat: Tensor, shapes: Sequence[torch.Size]) -> None:
+        self.flat = flat
+        self.parts = list(flat.split([shape.numel() for shape in shapes]))  # 1-D
+        self.views = [part.view(shape) for part, shape in zip(self.parts, shapes, strict=True)]
 
 
 class Pack:
-    """Buffers for some small parameters together, flat, with a view for each parameter.
+    """Some small parameters of one group: their state, and buffers for what is done to all of them at once.
+
+    The state of each parameter becomes a view on buffers of the pack.
 
     Args:
+        group: Options of the parameters.
         params: The parameters, fp32, on one device.
         indices: Number of each, which its noise is a function of.
+        states: The complete state of each; its tensors are replaced.
     """
 
-    def __init__(self, params: Sequence[Tensor], indices: Sequence[int]) -> None:
-        self.params = list(params)
-        self._key = [(id(p), p.data_ptr(), index) for p, index in zip(params, indices, strict=True)]
-        device = self.params[0].device
-        sizes = torch.tensor([p.numel() for p in self.params])
+    def __init__(
+        self,
+        group: Mapping[str, Any],
+        params: Sequence[Tensor],
+        indices: Sequence[int],
+        states: Sequence[MutableMapping[str, Any]],
+    ) -> None:
+        self.group, self.params = group, list(params)
+        self.has_prior = "prior_mean" in states[0]
+        self._device = params[0].device
+        self._one_dimensional = all(p.dim() == 1 for p in params)
+        self._weights = [p.detach().view(-1) for p in params]
+        self._pointers = [p.data_ptr() for p in params]
+        sizes = torch.tensor([p.numel() for p in params])
+        self.starts = [0, *sizes.cumsum(0).tolist()]
         widths = (sizes + 3) // 4
-        self.size = int(sizes.sum())
-        self._flat: dict[str, Tensor] = {}
-        self._views: dict[str, list[Tensor]] = {}
         total = int(widths.sum())
         starts = widths.cumsum(0) - widths
-        self._columns = (torch.arange(total) - starts.repeat_interleave(widths)).to(device)
-        self._indices = torch.tensor(list(indices)).repeat_interleave(widths).to(device)
+        self.columns = (torch.arange(total) - starts.repeat_interleave(widths)).to(self._device)
+        self.indices = torch.tensor(list(indices)).repeat_interleave(widths).to(self._device)
         # Where each element finds its draw in the four lanes of all columns, one lane after another.
-        element = torch.arange(self.size) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        element = torch.arange(self.starts[-1]) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         width = widths.repeat_interleave(sizes)
-        self._order = (element // width * total + starts.repeat_interleave(sizes) + element % width).to(device)
+        order = element // width * total + starts.repeat_interleave(sizes) + element % width
+        self.order = order.to(self._device)
+        self.noise = torch.empty(4 * total, device=self._device)
+        self.lanes = [torch.from_dlpack(lane) for lane in self.noise.split(total)]
+        # Gradients are gathered when the noise is not needed any more.
+        self._buffers = {"grad": self._buffer(torch.from_dlpack(self.noise[: self.starts[-1]]))}
+        self._move_in(states)
 
-    def holds(self, params: Sequence[Tensor], indices: Sequence[int]) -> bool:
-        """Tell whether the pack is of these parameters, where they are now."""
-        return self._key == [(id(p), p.data_ptr(), index) for p, index in zip(params, indices, strict=True)]
+    def _buffer(self, flat: Tensor | None = None) -> Buffer:
+        flat = torch.empty(self.starts[-1], device=self._device) if flat is None else flat
+        return Buffer(flat, [p.shape for p in self.params])
 
-    def noise(self, words: Tensor) -> Tensor:
-        """Return the noise of all parameters, fp32, (size,): for each what it would have on its own.
+    def _move_in(self, states: Sequence[MutableMapping[str, Any]]) -> None:
+        self._buffers["step"] = Buffer(torch.stack([s["step"].cpu() for s in states]), [torch.Size()] * len(states))
+        self._state = [name for name in _STATE if name in states[0]]
+        for name in self._state:
+            torch._foreach_copy_(self.views(name), [state[name] for state in states])
+            for state, view in zip(states, self.views(name), strict=True):
+                state[name] = view
+
+    def is_current(self, state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Tell whether parameters and state are still where the pack has them.
 
         Args:
-            words: Output of `hf_ivon.philox.noise_words`; the index in it is not used.
+            state: Parameter to its state.
+
+        Returns:
+            Whether that is so; if not, the parameters need another pack.
         """
-        k0, k1, _, c2, c3 = words.to(self._columns.device, non_blocking=True).unsqueeze(1)
-        return torch.cat(normal_lanes(self._columns, (k0, k1, self._indices, c2, c3)))[self._order]
+        if [p.data_ptr() for p in self.params] != self._pointers:
+            return False
+        states = [state[p] for p in self.params]
+        return all(all(map(is_, [s.get(name) for s in states], self.views(name))) for name in self._state)
 
     def flat(self, name: str) -> Tensor:
-        """Return the buffer of this name, fp32, (size,); made at its first use."""
-        if name not in self._flat:
-            self._flat[name] = torch.empty(self.size, device=self._columns.device)
-            parts = self._flat[name].split([p.numel() for p in self.params])
-            self._views[name] = [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
-        return self._flat[name]
+        """Return the buffer of this name, fp32, the parameters one after another; made at its first use."""
+        if name not in self._buffers:
+            self._buffers[name] = self._buffer()
+        return self._buffers[name].flat
 
     def views(self, name: str) -> list[Tensor]:
         """Return the buffer's parts, in the shapes of the parameters."""
         self.flat(name)
-        return self._views[name]
+        return self._buffers[name].views
 
-    def gather(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
-        """Copy tensors, one for each parameter and of its shape, into a buffer; returns the buffer."""
-        flat = self.flat(name)
-        torch._foreach_copy_(self._views[name], list(tensors))
-        return flat
+    def swap(self, first: str, second: str) -> None:
+        """Let two buffers change names."""
+        self.flat(first), self.flat(second)
+        self._buffers[first], self._buffers[second] = self._buffers[second], self._buffers[first]
 
-    def scatter(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Copy a buffer's parts into tensors, one for each parameter and of its shape."""
-        torch._foreach_copy_(list(tensors), self._views[name])
+    def read(self, name: str) -> Tensor:
+        """Copy the parameters into a buffer; returns the buffer."""
+        return torch.cat(self._weights, out=self.flat(name))
+
+    def write(self, name: str) -> None:
+        """Copy a buffer into the parameters."""
+        torch._foreach_copy_(self._weights, self._buffers[name].parts)
+
+    def gather(self, name: str, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Copy tensors, of the parameters' shapes or None, into a buffer; returns the buffer."""
+        views, given = self.views(name), [t for t in tensors if t is not None]
+        if len(given) == len(tensors) and self._one_dimensional:
+            return torch.cat(given, out=self.flat(name))
+        if len(given) < len(tensors):
+            views = [view for view, t in zip(views, tensors, strict=True) if t is not None]
+        torch._foreach_copy_(views, given)
+        return self.flat(name)
+
+    def runs(self, keys: Sequence[Any]) -> Iterator[tuple[Any, slice, slice]]:
+        """Yield neighbours with the same key together.
+
+        Args:
+            keys: One for each parameter.
+
+        Yields:
+            A key, the range of the parameters, and the range of their elements in a buffer.
+        """
+        if len(set(keys)) == 1:
+            yield keys[0], slice(0, len(keys)), slice(0, self.starts[-1])
+            return
+        start = 0
+        for key, members in groupby(keys):
+            stop = start + len(list(members))
+            yield key, slice(start, stop), slice(self.starts[start], self.starts[stop])
+            start = stop

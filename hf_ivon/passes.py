@@ -59,6 +59,21 @@ def sample_lanes(
         theta.copy_(functional.sample(mean, hess, eps, ess=ess, weight_decay=weight_decay))
 
 
+def draw_lanes(lanes: Sequence[Tensor], columns: Tensor, indices: Tensor, words: Tensor) -> None:
+    """Write the noise of several tensors, which have their columns one after another.
+
+    Args:
+        lanes: Where the four draws of each column go, four tensors of shape (W,). Written to.
+        columns: Column numbers, each in its tensor, int64, (W,).
+        indices: Number of each column's tensor, int64, (W,).
+        words: What the noise is a function of; the index in it is not used.
+    """
+    for lane, draws in zip(
+        lanes, normal_lanes(columns, (words[0], words[1], indices, words[3], words[4])), strict=True
+    ):
+        lane.copy_(draws)
+
+
 def take_product(theta: Tensor, mean: Tensor, grad: Tensor, factor: float) -> None:
     """Put the mean back and keep gradient times noise where it was: what the sample was for is then known.
 

@@ -6,6 +6,7 @@ pack. Written in torch's integer operations, the same lines run eagerly and comp
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import struct
@@ -98,9 +99,13 @@ def noise_words(key: tuple[int, ...], index: int) -> Tensor:
     Returns:
         Five integers in [0, 2**32), int64, on the CPU: Philox's key, and the last three words of its counter.
     """
-    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=16).digest()
-    k0, k1, c2, c3 = struct.unpack("<4I", digest)
+    k0, k1, c2, c3 = _digest(key)
     return torch.tensor([k0, k1, index, c2, c3])
+
+
+@functools.lru_cache(maxsize=16)
+def _digest(key: tuple[int, ...]) -> tuple[int, ...]:
+    return struct.unpack("<4I", hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=16).digest())
 
 
 def normal_range(start: int, stop: int, total: int, words: Tensor) -> Tensor:

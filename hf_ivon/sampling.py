@@ -11,13 +11,9 @@ from torch import Tensor
 
 from hf_ivon import distributed
 from hf_ivon.execution import Execution, Lanes
-from hf_ivon.functional import sample
-from hf_ivon.packs import Pack, pack_key, packable
+from hf_ivon.packs import Pack
 from hf_ivon.philox import noise_words
-from hf_ivon.state import state_dtype
-
-# One for each group, and again if other parameters are trained; old ones are forgotten.
-_MAX_PACKS = 64
+from hf_ivon.state import adopt_changes, state_dtype
 
 
 @dataclass(frozen=True)
@@ -55,28 +51,29 @@ class WeightSampler:
         self.means: dict[Tensor, Tensor] = {}
         self.written: dict[Tensor, int] = {}
         self._execution = execution
-        self._packs: dict[tuple[int, ...], Pack] = {}
-        self._sampled_packs: list[Pack] = []
+        # Packs that hold a weight sample now, to the name of the buffer with their means.
+        self._sampled_packs: dict[Pack, str] = {}
+        self._alone: list[Tensor] = []
+        self._sharded = False
         self._spare: dict[Tensor, list[Tensor]] = {}
         self._borrowed: set[Tensor] = set()
         self._lanes: dict[Tensor, tuple[tuple[int, ...], Lanes]] = {}
 
     @torch.no_grad()
-    def perturb(self, draws: Sequence[Draw]) -> None:
+    def perturb(self, packs: Mapping[Pack, tuple[int, ...]], draws: Sequence[Draw]) -> None:
         """Write a weight sample into parameters; into a sharded one, the shard of the sample of the whole.
 
         Args:
-            draws: The parameters, in the order of their optimizer.
+            packs: Small parameters, to what their noise is a function of beside their indices: 64-bit integers.
+            draws: All others, in the order of their optimizer.
         """
-        self._execution.plan(sum(draw.p.numel() for draw in draws))
-        packed: dict[Any, list[Draw]] = {}
+        self._execution.plan(sum(pack.starts[-1] for pack in packs) + sum(draw.p.numel() for draw in draws))
+        self._alone = [draw.p for draw in draws]
+        self._sharded = any(map(distributed.is_sharded, self._alone))
         for draw in draws:
-            if self._execution.packs and packable(draw.p) and "mean" not in draw.state:
-                packed.setdefault(pack_key(draw.group, draw.p), []).append(draw)
-            else:
-                self._perturb_one(draw)
-        for members in packed.values():
-            self._perturb_pack(members)
+            self._perturb_one(draw)
+        for pack, key in packs.items():
+            self._perturb_pack(pack, noise_words(key, 0))
 
     def _perturb_one(self, draw: Draw) -> None:
         p, options = draw.p, {"ess": draw.group["ess"], "weight_decay": draw.group["weight_decay"]}
@@ -108,33 +105,25 @@ class WeightSampler:
             kept = self._lanes[p] = (pointers, lanes)
         return kept[1]
 
-    def _perturb_pack(self, draws: Sequence[Draw]) -> None:
-        """Sample small parameters of one group together."""
-        pack = self.pack([draw.p for draw in draws], [draw.index for draw in draws])
-        group = draws[0].group
-        theta = pack.gather("theta", pack.params)
-        mean = pack.flat("mean").copy_(theta)
-        hess = pack.gather("hess", [draw.state["hess"] for draw in draws])
-        noise = pack.noise(noise_words(draws[0].key, 0))
-        theta.copy_(sample(mean, hess, noise, ess=group["ess"], weight_decay=group["weight_decay"]))
-        self._sampled_packs.append(pack)
+    def _perturb_pack(self, pack: Pack, words: Tensor) -> None:
+        pack.read("mean")
+        ess, weight_decay = pack.group["ess"], pack.group["weight_decay"]
+        self._execution.sample_pack(pack, words, ess=ess, weight_decay=weight_decay)
+        self._sampled_packs[pack] = "mean"
         self.means.update(zip(pack.params, pack.views("mean"), strict=True))
-        pack.scatter("theta", pack.params)
+        pack.write("theta")
 
-    def pack(self, params: Sequence[Tensor], indices: Sequence[int]) -> Pack:
-        """Return the pack of some small parameters, kept from one call to the next while they stay where they are.
+    def follow(self, p: Tensor, state: Mapping[str, Any]) -> None:
+        """Let a mean that is kept in the state follow what others wrote to its parameter since the last write here.
 
         Args:
-            params: The parameters.
-            indices: Their numbers in their optimizer.
+            p: The parameter, of a narrower dtype than its mean.
+            state: Its complete state.
         """
-        key = tuple(id(p) for p in params)
-        pack = self._packs.get(key)
-        if pack is None or not pack.holds(params, indices):
-            if len(self._packs) >= _MAX_PACKS:
-                self._packs.clear()
-            pack = self._packs[key] = Pack(params, indices)
-        return pack
+        version = distributed.local(p)._version
+        if "mean" in state and p not in self.means and self.written.get(p) != version:
+            adopt_changes(p, state["mean"])
+            self.written[p] = version
 
     def borrow(self, p: Tensor) -> Tensor:
         """Return a buffer for parameter `p`: of the shape of its local part, in the dtype of its state."""
@@ -167,15 +156,11 @@ class WeightSampler:
             overwritten by the next call.
         """
         products: dict[Tensor, Tensor] = {}
-        for pack in self._sampled_packs:
-            if all(p in grads for p in pack.params):
-                theta, grad = pack.flat("theta"), pack.gather("grad", [grads[p] for p in pack.params])
-                torch.sub(theta, pack.flat("mean"), out=pack.flat("product")).mul_(grad).mul_(factor)
+        for pack in list(self._sampled_packs):
+            taken = [grads.get(p) for p in pack.params]
+            if not all(grad is None for grad in taken):
+                self._take_from_pack(pack, taken, factor)
                 products.update(zip(pack.params, pack.views("product"), strict=True))
-            else:
-                for p, mean, product in zip(pack.params, pack.views("mean"), pack.views("product"), strict=True):
-                    if p in grads:
-                        products[p] = torch.sub(p, mean, out=product).mul_(grads[p]).mul_(factor)
         for p in [p for p in self._borrowed if p in grads]:
             weights, mean = distributed.local(p), self.means[p]
             self._execution.take_product(weights, mean, grads[p], factor if isinstance(factor, float) else 1.0)
@@ -184,6 +169,21 @@ class WeightSampler:
             if isinstance(factor, Tensor):
                 products[p].mul_(factor)
         return products
+
+    def _take_from_pack(self, pack: Pack, grads: Sequence[Tensor | None], factor: float | Tensor) -> None:
+        """Take the products of a pack, and put all of its means back; of those without gradient there is none."""
+        pack.gather("grad", grads)
+        for missing, _, elements in pack.runs([grad is None for grad in grads]):
+            if missing:
+                pack.flat("grad")[elements].zero_()
+        scale = factor if isinstance(factor, float) else 1.0
+        self._execution.take_product(pack.flat("theta"), pack.flat("mean"), pack.flat("grad"), scale)
+        pack.swap("mean", "product")
+        self._sampled_packs[pack] = "theta"
+        if isinstance(factor, Tensor):
+            pack.flat("product").mul_(factor)
+        pack.write("theta")
+        del self._sampled_packs[pack]
 
     def restore(self) -> None:
         """Write the means back; what is raised in between is raised after all of them are in place."""
@@ -202,17 +202,16 @@ class WeightSampler:
     def forget_copies(self) -> None:
         """Drop copies of the weights as they were: casts that autocast keeps, whole tensors that FSDP keeps."""
         torch.clear_autocast_cache()
-        if any(distributed.is_sharded(p) for p in self.means):
+        if self._sharded:
             distributed.reshard()
 
     @torch.no_grad()
     def _write_means(self) -> None:
-        for pack in self._sampled_packs:
-            pack.scatter("mean", pack.params)
-        packed = {p for pack in self._sampled_packs for p in pack.params}
-        for p, mean in self.means.items():
-            if p not in packed:
+        for pack, name in self._sampled_packs.items():
+            pack.write(name)
+        for p in self._alone:
+            if p in self.means:
                 weights = distributed.local(p)
-                weights.copy_(mean)
+                weights.copy_(self.means[p])
                 if p not in self._borrowed:
                     self.written[p] = weights._version

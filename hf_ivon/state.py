@@ -120,6 +120,11 @@ def set_prior_means(
         state[p]["prior_mean"] = mean.detach().to(p.device, state_dtype(p), copy=True)
 
 
+def own_storage(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a parameter with tensors of their own: one that is a part of another is saved as a whole."""
+    return {k: v.clone() if isinstance(v, Tensor) and v._is_view() else v for k, v in state.items()}
+
+
 def parameter_names(param_groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, str]:
     """Return what to call each parameter in a message: its name, if the optimizer was given names, or its place.
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hf_ivon import distributed, functional, passes
+from hf_ivon import distributed, functional
 from hf_ivon.capture import GradientCapture
 from hf_ivon.execution import Execution
-from hf_ivon.packs import pack_key, packable
+from hf_ivon.packs import Pack
 from hf_ivon.passes import UpdateOptions
 from hf_ivon.sampling import WeightSampler
 
@@ -23,42 +23,38 @@ class Entry:
     """One parameter to be updated.
 
     Args:
-        p: The parameter, holding its mean.
-        grad: Its gradient of the step.
+        p: The parameter, holding its mean, with its gradient.
         group: Options of its group.
         state: Its complete state, changed in place.
-        index: Its number in its optimizer.
     """
 
     p: Tensor
-    grad: Tensor
     group: Mapping[str, Any]
     state: Mapping[str, Any]
-    index: int
 
 
 def apply_updates(
-    entries: Sequence[Entry], capture: GradientCapture, sampler: WeightSampler, execution: Execution
+    packs: Sequence[Pack],
+    entries: Sequence[Entry],
+    capture: GradientCapture,
+    sampler: WeightSampler,
+    execution: Execution,
 ) -> None:
     """Update means, momenta and Hessians.
 
     Args:
-        entries: The parameters with a gradient.
+        packs: Small parameters; those without a gradient are left as they are.
+        entries: All others with a gradient.
         capture: Holds what the window's contexts have shown of the curvature.
-        sampler: Knows the packs of small parameters.
+        sampler: Is told of parameters that were written to.
         execution: How the passes over memory are run.
     """
-    torch._foreach_add_([entry.state["step"] for entry in entries], 1)
-    packed: dict[tuple[Any, float, float], list[Entry]] = {}
     for entry in entries:
-        steps, divisor = float(entry.state["step"]), capture.curvature(entry.p)[1]
-        plain = "mean" not in entry.state and "prior_mean" not in entry.state and entry.grad.dtype == entry.p.dtype
-        if execution.packs and plain and packable(entry.p):
-            packed.setdefault((pack_key(entry.group, entry.p), steps, divisor), []).append(entry)
-        else:
-            _update_one(entry, _options(entry.group, steps, divisor), capture, sampler, execution)
-    for (_, steps, divisor), members in packed.items():
-        _update_pack(members, _options(members[0].group, steps, divisor), capture, sampler)
+        entry.state["step"].add_(1)
+        options = _options(entry.group, float(entry.state["step"]), capture.divisor)
+        _update_one(entry, options, capture, sampler, execution)
+    for pack in packs:
+        _update_pack(pack, capture, execution)
 
 
 def _options(group: Mapping[str, Any], steps: float, divisor: float) -> UpdateOptions:
@@ -83,29 +79,39 @@ def _options(group: Mapping[str, Any], steps: float, divisor: float) -> UpdateOp
 def _update_one(
     entry: Entry, options: UpdateOptions, capture: GradientCapture, sampler: WeightSampler, execution: Execution
 ) -> None:
-    p, state = entry.p, entry.state
+    p, state, grad = entry.p, entry.state, entry.p.grad
+    assert grad is not None
     mean = state.get("mean", p.detach())
     local = distributed.local
     prior_mean = local(state["prior_mean"]) if "prior_mean" in state else None
-    grad, curvature = local(entry.grad.to(mean.dtype)), local(capture.curvature(p)[0])
+    grad, curvature = local(grad.to(mean.dtype)), local(capture.curvature(p)[0])
     execution.update(local(mean), grad, curvature, local(state["momentum"]), local(state["hess"]), prior_mean, options)
     if "mean" in state:
         p.copy_(mean)
         sampler.written[p] = distributed.local(p)._version
 
 
-def _update_pack(
-    entries: Sequence[Entry], options: UpdateOptions, capture: GradientCapture, sampler: WeightSampler
-) -> None:
-    """Update small parameters of one group together."""
-    pack = sampler.pack([entry.p for entry in entries], [entry.index for entry in entries])
-    mean, grad = pack.gather("mean", pack.params), pack.gather("grad", [entry.grad for entry in entries])
-    products = [capture.curvature(p)[0] for p in pack.params]
-    own = all(product is view for product, view in zip(products, pack.views("product"), strict=True))
-    curvature = pack.flat("product") if own else pack.gather("product", products)
-    momenta, hesses = [entry.state["momentum"] for entry in entries], [entry.state["hess"] for entry in entries]
-    momentum, hess = pack.gather("momentum", momenta), pack.gather("hess", hesses)
-    passes.update(mean, grad, curvature, momentum, hess, None, *options)
-    pack.scatter("mean", pack.params)
-    pack.scatter("momentum", momenta)
-    pack.scatter("hess", hesses)
+def _update_pack(pack: Pack, capture: GradientCapture, execution: Execution) -> None:
+    """Update small parameters of one group together: all at once, if all have a gradient and made as many steps."""
+    grads = [p.grad for p in pack.params]
+    missing = [grad is None for grad in grads]
+    if all(missing):
+        return
+    pack.gather("grad", grads)
+    products = capture.buffers(pack.params)
+    if not all(map(is_, products, pack.views("product"))):
+        pack.gather("product", products)
+    pack.read("mean")
+    names = ("mean", "grad", "product", "momentum", "hess", *(["prior_mean"] if pack.has_prior else []))
+    steps = pack.flat("step")
+    for (without, step), members, elements in pack.runs(list(zip(missing, steps.tolist(), strict=True))):
+        if without:
+            continue
+        steps[members].add_(1)
+        whole = members == slice(0, len(pack.params))
+        mean, grad, product, momentum, hess, *prior = (
+            pack.flat(n) if whole else pack.flat(n)[elements] for n in names
+        )
+        options = _options(pack.group, step + 1.0, capture.divisor)
+        execution.update(mean, grad, product, momentum, hess, prior[0] if prior else None, options)
+    pack.write("mean")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -31,6 +33,10 @@ AUTOGRAD_GRAD = (
     "`torch.autograd.grad` with respect to parameters was called inside `sampled_params(train=True)`; its gradients "
     "cannot be told from those of the training loss. Call `loss.backward()` here, and `torch.autograd.grad` outside."
 )
+SAVED_INSIDE = (
+    "`state_dict()` must not be called inside `sampled_params`: the parameters are a sample there, not the mean. Save "
+    "outside of the `with` block."
+)
 CLOSURE = (
     "The closure must call `optimizer.zero_grad()` before its backward pass when `mc_samples` is above 1, so that its "
     "samples are averaged. Add the call."
@@ -53,3 +59,41 @@ class Context:
     accumulated: set[Tensor] = field(default_factory=set)
     cleared: set[bool] = field(default_factory=set)
     late: dict[Tensor, tuple[int, int]] = field(default_factory=dict)
+
+
+class Gradients:
+    """The gradients that parameters hold now, to be recognized later if nobody clears them.
+
+    Args:
+        params: The parameters.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        grads = [p.grad for p in params]
+        self._seen = params, [*map(id, grads)], [0 if grad is None else grad._version for grad in grads]
+        self._by_parameter: dict[Tensor, list[int]] | None = None  # made when it is first asked for
+
+    def is_there(self, p: Tensor) -> bool:
+        """Tell whether `p.grad` is still the same, unchanged."""
+        if p.grad is None:
+            return False
+        if self._by_parameter is None:
+            self._by_parameter = {q: which for q, *which in zip(*self._seen, strict=True)}
+        return self._by_parameter.get(p) == [id(p.grad), p.grad._version]
+
+
+def average_loss(losses: Sequence[Any], averaged: bool | None) -> Any:
+    """Return the average of a closure's losses; None if it returns none.
+
+    Args:
+        losses: One for each weight sample.
+        averaged: Whether their gradients were averaged, None for a single one.
+
+    Raises:
+        RuntimeError: If the gradients were summed.
+    """
+    if len(losses) == 1 or losses[0] is None:
+        return losses[0]
+    if averaged is False:
+        raise RuntimeError(CLOSURE)
+    return sum(losses[1:], losses[0]) / len(losses)

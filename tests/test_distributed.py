@@ -64,10 +64,13 @@ def noise_of():
     """Draw the noise that a process of several would draw: the one named in the mapping that is yielded."""
     perturb, coordinates = WeightSampler.perturb, {}
 
-    def as_rank(self, draws):
-        rank, number = coordinates["rank"], coordinates["draw"]
-        keys = [(seed, stream, rank, window, number) for seed, stream, _, window, _ in (draw.key for draw in draws)]
-        perturb(self, [replace(draw, key=key) for draw, key in zip(draws, keys, strict=True)])
+    def of_rank(key):
+        seed, stream, _, window, _ = key
+        return seed, stream, coordinates["rank"], window, coordinates["draw"]
+
+    def as_rank(self, packs, draws):
+        packs = {pack: of_rank(key) for pack, key in packs.items()}
+        perturb(self, packs, [replace(draw, key=of_rank(draw.key)) for draw in draws])
 
     WeightSampler.perturb = as_rank
     try:

@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from hf_ivon import philox
-from hf_ivon.packs import Pack, pack_key
+from hf_ivon.execution import Execution
+from hf_ivon.optim import IVON
+from hf_ivon.packs import Pack
+from hf_ivon.state import complete_state
 
 
 @pytest.mark.parametrize(
@@ -72,33 +75,39 @@ def test_noise_does_not_depend_on_how_a_tensor_is_cut(total):
             assert torch.equal(philox.normal_range(start, stop, total, words), whole[start:stop])
 
 
+def drawn(params, indices, key):
+    """The noise of a pack: with mean 0 and variance 1, what is drawn is the noise."""
+    group = {"hess_init": 1.0, "prior_mean": "zero"}
+    states = [{} for _ in params]
+    for p, state in zip(params, states, strict=True):
+        complete_state(p, group, state)
+    pack = Pack(group, params, indices, states)
+    pack.read("mean").zero_()
+    Execution(foreach=True, fused=False).sample_pack(pack, philox.noise_words(key, 0), ess=1.0, weight_decay=0.0)
+    return pack.flat("theta")
+
+
 def test_a_pack_gives_each_tensor_the_noise_that_it_has_alone():
     """What a weight's sample is must not depend on which other tensors are small."""
     params = [nn.Parameter(torch.zeros(shape)) for shape in ((3,), (), (4, 4), (1003,), (2, 1))]
     indices = [4, 0, 7, 9, 2]
-    noise = Pack(params, indices).noise(philox.noise_words((5, 6), 0))
+    noise = drawn(params, indices, (5, 6))
     for part, p, index in zip(noise.split([p.numel() for p in params]), params, indices, strict=True):
         words = philox.noise_words((5, 6), index)
         torch.testing.assert_close(part, philox.normal_range(0, p.numel(), p.numel(), words), rtol=0.0, atol=1e-6)
-
-
-def test_a_pack_is_of_one_device_and_one_group():
-    """A model spread over devices has small tensors on each; side by side in one buffer they cannot be."""
-    here, there = torch.ones(3), torch.ones(3, device="meta")
-    group, other = {"ess": 1.0}, {"ess": 1.0}
-    assert pack_key(group, here) == pack_key(group, torch.zeros(5))
-    assert len({pack_key(group, here), pack_key(group, there), pack_key(other, here)}) == 3
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_words_go_to_an_accelerator_without_waiting_for_it():
     """A wait for every tensor would stall the device a hundred times a step."""
-    params = [nn.Parameter(torch.zeros(100, device="cuda")) for _ in range(3)]
-    pack = Pack(params, range(3))
-    pack.noise(philox.noise_words((1, 2), 0))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        pack.noise(philox.noise_words((1, 2), 0))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    small = [nn.Parameter(torch.zeros(100, device="cuda")) for _ in range(3)]
+    params = [*small, nn.Parameter(torch.zeros(2**18, device="cuda"))]
+    optimizer = IVON(params, lr=0.1, ess=10.0, fused=False)
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with optimizer.sampled_params():
+                pass
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
