@@ -19,9 +19,9 @@ from hf_ivon.philox import noise_words, normal_range
 
 logger = logging.getLogger(__name__)
 
-# Columns of noise that are made at a time: their integers stay in the second-level cache of a processor, and are small
-# beside a large tensor on an accelerator.
-_COLUMNS, _ACCELERATOR_COLUMNS = 2**15, 2**22
+# Columns of noise that are made at a time: their integers stay in a processor's cache, while calling an operation
+# costs little beside what it does, and has work for two threads. On an accelerator they are small beside a tensor.
+_COLUMNS, _ACCELERATOR_COLUMNS = 2**16, 2**22
 # Below this size a compiled pass costs more to call than it saves.
 MIN_COMPILED = MAX_ELEMENTS
 # A model with fewer trainable weights is trained before the compiler is done.

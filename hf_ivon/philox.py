@@ -40,11 +40,12 @@ def philox4x32(
     k0, k1 = key
     for _ in range(rounds):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        # `>>` of an int64 keeps the sign: the mask comes after it.
-        c0, c1 = ((p1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_MASK), p1.bitwise_and_(_MASK)
-        c2, c3 = ((p0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_MASK), p0.bitwise_and_(_MASK)
+        # `>>` of an int64 keeps the sign: the mask comes after it. It also takes away what the other words, which are
+        # the lower halves of products, have above their 32 bits.
+        c0, c1 = ((p1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_MASK), p1
+        c2, c3 = ((p0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_MASK), p0
         k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK, (k1 + _KEY_INCREMENTS[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
