@@ -148,7 +148,8 @@ class Execution:
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float) -> None:
         """Run `passes.take_product` on tensors of any size."""
         run = self._compiled(theta, mean, grad)
-        if run is not None and run.call("take_product", theta, mean, grad, factor):
+        if run is not None and run.call("take_product", *map(_flat, (theta, mean, grad)), factor):
+            torch.autograd.graph.increment_version((theta, mean))
             return
         for t, m, g in cache_sized(theta, mean, grad):
             passes.take_product(t, m, g, factor)
@@ -166,10 +167,16 @@ class Execution:
         """Run `passes.update` on tensors of any size."""
         tensors = [t for t in (mean, grad, curvature, momentum, hess, prior_mean) if t is not None]
         run = self._compiled(*tensors)
-        if run is not None and run.call("update", *tensors[:5], prior_mean, *options):
+        if run is not None and run.call("update", *map(_flat, tensors[:5]), _flat(prior_mean), *options):
+            torch.autograd.graph.increment_version((mean, momentum, hess))
             return
         for m, g, c, average, h, *prior in cache_sized(*tensors):
             passes.update(m, g, c, average, h, prior[0] if prior else None, *options)
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    """Return a contiguous tensor with one axis, and no relation to another: the passes are compiled for each rank."""
+    return None if tensor is None else tensor.view(-1).data
 
 
 def _lanes(tensor: Tensor) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
@@ -68,7 +69,7 @@ def _options(group: Mapping[str, Any], steps: float, divisor: float) -> UpdateOp
         beta1=group["beta1"],
         beta2=functional.debiased_decay(group["beta2"], step=steps) if fisher else group["beta2"],
         debias=1.0 - group["beta1"] ** steps if group["debias"] else 1.0,
-        clip_radius=group["clip_radius"],
+        clip_radius=min(group["clip_radius"], sys.float_info.max),  # inf would be compiled in
         lr=lr,
         divisor=divisor / group["batch_size"] if fisher else divisor,
         price=group["hess_approx"] == "price",

@@ -102,7 +102,24 @@ def test_compiled_passes_were_really_taken():
         train(params, optimizer, steps=1)
     finally:
         run._functions["update"] = original
-    assert calls == [params[0].shape, params[1].shape, (sum(p.numel() for p in params[2:]),)]
+    small = sum(p.numel() for p in params[2:])
+    assert [shape.numel() for shape in calls] == [params[0].numel(), params[1].numel(), small]
+
+
+def test_shapes_are_not_compiled_in_and_writes_are_counted():
+    """Weights of many ranks would be compiled once each; autograd would not notice a weight that is written to."""
+    shapes = [(COMPILED_SIZE,), (2, COMPILED_SIZE // 2), (2, 4, COMPILED_SIZE // 8), (2, 2, 4, COMPILED_SIZE // 16)]
+    counts = []
+    for shape in shapes:
+        p = nn.Parameter(torch.ones(shape))
+        optimizer = IVON([p], lr=0.1, ess=50.0, fused=True)
+        train([p], optimizer, steps=1)
+        before = p._version
+        train([p], optimizer, steps=1)
+        assert p._version > before
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[1:] == counts[:-1]
+    assert not execution.compiled("cpu")._failed
 
 
 @torch._inductor.config.patch(force_disable_caches=True)  # code from the cache comes without the guards on numbers
@@ -110,6 +127,7 @@ def test_numbers_that_change_are_not_compiled_in():
     """Every step of a schedule, or every trial of a sweep, would compile anew, and after eight fall back to eager."""
     torch._dynamo.reset()
     trials = [{"lr": 0.1 / (i + 1), "clip_radius": 0.1 / (i + 1), "beta1": 0.5 + i / 50} for i in range(10)]
+    trials[3]["clip_radius"] = float("inf")
     trials += [{"ess": 50 + i, "weight_decay": 1e-3 / (i + 1), "beta2": 0.9 + i / 200} for i in range(10)]
     counts = []
     for estimator in ("price", "fisher"):

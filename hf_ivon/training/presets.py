@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"learning_rate": 0.1, "weight_decay": 1e-5},
     # The weight decay stands for what `relative_sigma` makes of it: a prior at the pretrained weights, of that width.
     "finetuning": {
-        "learning_rate": 0.05,
+        "learning_rate": 0.1,
         "weight_decay": 0.01,
         "temperature": 0.005,
         "relative_sigma": 0.17,
