@@ -166,7 +166,7 @@ class Execution:
     ) -> None:
         """Run `passes.update` on tensors of any size."""
         tensors = [t for t in (mean, grad, curvature, momentum, hess, prior_mean) if t is not None]
-        run = self._compiled(*tensors)
+        run = self._compiled(*(t for t in tensors if t is not momentum or t.dtype != torch.bfloat16))
         if run is not None and run.call("update", *map(_flat, tensors[:5]), _flat(prior_mean), *options):
             torch.autograd.graph.increment_version((mean, momentum, hess))
             return

@@ -23,13 +23,7 @@ from hf_ivon.interrupts import interrupts_deferred
 from hf_ivon.options import SQUARED, check_common_options, check_options
 from hf_ivon.roster import Roster
 from hf_ivon.sampling import Draw, WeightSampler
-from hf_ivon.state import (
-    complete_state,
-    match_saved_state,
-    own_storage,
-    set_prior_means,
-    state_dtype,
-)
+from hf_ivon.state import complete_state, match_saved_state, own_storage, saved_dtype, set_prior_means
 from hf_ivon.statistics import posterior_statistics
 from hf_ivon.updates import Entry, apply_updates
 
@@ -73,6 +67,7 @@ class IVON(torch.optim.Optimizer):
         batch_size: What the loss of a step is an average of, over all processes: examples, or label tokens; > 0. Only
             ``"fisher"`` uses it.
         prior_mean: ``"zero"``; ``"init"``, the weights at the first use; or one tensor per parameter, in order.
+        momentum_dtype: ``"float32"``, or ``"bfloat16"`` to halve the gradient average; small tensors keep fp32.
         seed: Seed of the weight noise, which has a generator of its own, in [0, 2**63).
         foreach: Work on small tensors together; None does so.
         fused: Run the passes over memory compiled; None does so for models of more than 4 million trainable weights.
@@ -101,6 +96,7 @@ class IVON(torch.optim.Optimizer):
         hess_approx: str = "price",
         batch_size: float = 1.0,
         prior_mean: str | Iterable[Tensor] = "zero",
+        momentum_dtype: str = "float32",
         seed: int = 0,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -120,6 +116,7 @@ class IVON(torch.optim.Optimizer):
             "hess_approx": hess_approx,
             "batch_size": batch_size,
             "prior_mean": prior_mean if given is None else "given",
+            "momentum_dtype": momentum_dtype,
             "seed": seed,
             "foreach": foreach,
             "fused": fused,
@@ -354,7 +351,7 @@ class IVON(torch.optim.Optimizer):
         # torch casts floating-point state to the parameter's dtype; a Hessian in bf16 would stand still.
         for p, tensors in saved.items():
             for name, tensor in tensors.items():
-                self.state[p][name] = tensor.to(p.device, state_dtype(p))
+                self.state[p][name] = tensor.to(p.device, saved_dtype(p, name, tensor))
         self._capture.clear()
         self._sampler.written.clear()
         self._eval_draws = 0

@@ -70,6 +70,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "'init', 'zero' or one tensor per parameter",
         "'zero' is Algorithm 1.",
     ),
+    "momentum_dtype": (
+        lambda v: v in ("float32", "bfloat16"),
+        "'float32' or 'bfloat16'",
+        "'bfloat16' halves its memory.",
+    ),
     "foreach": (lambda v: v is None or isinstance(v, bool), "True, False or None", "None chooses."),
     "fused": (lambda v: v is None or isinstance(v, bool), "True, False or None", "None chooses."),
     "seed": (lambda v: _integer(v) and 0 <= v < 2**63, "an integer in [0, 2**63)", "Pass a non-negative integer."),

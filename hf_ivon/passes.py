@@ -116,7 +116,7 @@ def update(
         mean: Posterior mean. Written to.
         grad: Gradient of the step, shape of `mean`.
         curvature: Sum of gradient times noise, or of Hessian estimates; shape of `mean`.
-        momentum: Gradient average, shape of `mean`. Written to.
+        momentum: Gradient average, shape of `mean`, in its dtype or bf16. Written to.
         hess: Hessian estimate, shape of `mean`. Written to.
         prior_mean: Prior mean, shape of `mean`; None is zero.
         ess: λ, number of examples.
@@ -133,14 +133,15 @@ def update(
     hess_hat = curvature / divisor
     if price:
         hess_hat = functional.hess_hat_price(hess_hat, hess, ess=ess, weight_decay=weight_decay)
-    momentum.copy_(functional.update_momentum(momentum, grad, beta1=beta1))
+    average_grad = functional.update_momentum(momentum, grad, beta1=beta1)
+    momentum.copy_(average_grad)
     if average:
         hess.copy_(functional.average_hess(hess, hess_hat, decay=beta2))
     else:
         hess.copy_(functional.update_hess(hess, hess_hat, beta2=beta2, weight_decay=weight_decay))
     direction = functional.newton_direction(
         mean,
-        momentum,
+        average_grad,
         hess,
         weight_decay=weight_decay,
         debias=debias,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# State that holds a tensor of the parameter's shape; all of it is saved and kept in `state_dtype`.
+# State that holds a tensor of the parameter's shape; all of it is saved, and but for the momentum in `state_dtype`.
 _TENSOR_STATE = ("momentum", "hess", "mean", "prior_mean")
 
 
@@ -17,12 +17,18 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
+def saved_dtype(p: Tensor, name: str, saved: Tensor) -> torch.dtype:
+    """Return the dtype that a saved tensor of the state of parameter `p` is restored in."""
+    narrow = name == "momentum" and saved.dtype == torch.bfloat16
+    return torch.bfloat16 if narrow else state_dtype(p)
+
+
 def complete_state(p: Tensor, group: Mapping[str, Any], state: MutableMapping[str, Any]) -> None:
     """Fill in what the state of a parameter lacks; the parameter must hold its mean.
 
     Args:
         p: The parameter.
-        group: Options of its group; `hess_init` and `prior_mean` are read.
+        group: Options of its group; `hess_init`, `prior_mean` and `momentum_dtype` are read.
         state: Its state, changed in place: `step` (0-dim), and in the shape of `p` `momentum`, `hess`, `prior_mean`
             (if not zero) and `mean` (if the dtype of `p` is narrower than fp32).
     """
@@ -30,7 +36,8 @@ def complete_state(p: Tensor, group: Mapping[str, Any], state: MutableMapping[st
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32)
     if "momentum" not in state:
-        state["momentum"] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+        narrow = torch.bfloat16 if group["momentum_dtype"] == "bfloat16" else dtype
+        state["momentum"] = torch.zeros_like(p, dtype=narrow, requires_grad=False)
     if "hess" not in state:
         state["hess"] = torch.full_like(p, group["hess_init"], dtype=dtype, requires_grad=False)
     if group["prior_mean"] == "init" and "prior_mean" not in state:

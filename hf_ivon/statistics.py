@@ -60,7 +60,12 @@ def _clipped(group: Mapping[str, Any], state: Mapping[str, Any], mean: Tensor, h
     prior = pick(state["prior_mean"]) if "prior_mean" in state else None
     debias = 1.0 - group["beta1"] ** float(state["step"]) if group["debias"] else 1.0
     direction = functional.newton_direction(
-        mean, pick(state["momentum"]), hess, weight_decay=group["weight_decay"], debias=debias, prior_mean=prior
+        mean,
+        pick(state["momentum"]).to(mean.dtype),
+        hess,
+        weight_decay=group["weight_decay"],
+        debias=debias,
+        prior_mean=prior,
     )
     return direction.abs() > group["clip_radius"]
 

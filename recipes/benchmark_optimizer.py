@@ -72,6 +72,7 @@ def optimizers(names: list[str]) -> dict[str, Callable[[list[nn.Parameter]], tor
         "adamw fused": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
         "adamw foreach": lambda params: torch.optim.AdamW(params, lr=1e-4, foreach=True),
         "ivon fused": lambda params: IVON(params, fused=True, **LOCAL),
+        "ivon fused, bf16 momentum": lambda params: IVON(params, fused=True, momentum_dtype="bfloat16", **LOCAL),
         "ivon foreach": lambda params: IVON(params, fused=False, **LOCAL),
         "ivon plain": lambda params: IVON(params, fused=False, foreach=False, **LOCAL),
     }

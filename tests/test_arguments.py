@@ -48,7 +48,14 @@ def test_defaults_are_the_papers_finetuning_setting():
     assert (args.optim, args.learning_rate, args.weight_decay) == ("ivon", 0.1, 1e-5)
     expected = {"ess": "auto", "hess_init": 1.0, "beta1": 0.9, "beta2": 0.99999, "clip_radius": 1e-3, "mc_samples": 1}
     expected |= {"rescale_lr": True, "debias": True, "hess_approx": "price", "prior_mean": "zero", "prior_on": "all"}
-    expected |= {"batch_size": "auto", "relative_sigma": 0.0, "temperature": 1.0, "foreach": None, "fused": None}
+    expected |= {
+        "batch_size": "auto",
+        "relative_sigma": 0.0,
+        "temperature": 1.0,
+        "momentum_dtype": "float32",
+        "foreach": None,
+        "fused": None,
+    }
     assert args.ivon_options() == {**expected, "seed": args.seed}
 
 

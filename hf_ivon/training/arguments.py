@@ -117,6 +117,9 @@ class IVONTrainingArguments(TrainingArguments):
             "whose prior is then flat."
         },
     )
+    ivon_momentum_dtype: str | None = field(
+        default=None, metadata={"help": "'float32' (default), or 'bfloat16' to halve the memory of the momentum."}
+    )
     ivon_seed: int | None = field(default=None, metadata={"help": "Seed of the weight noise. Default: seed."})
     ivon_foreach: bool | None = field(
         default=None, metadata={"help": "Work on small tensors together. Default: chosen by their sizes."}

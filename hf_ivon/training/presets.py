@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": "auto",
     "prior_mean": "zero",
     "prior_on": "all",
+    "momentum_dtype": "float32",
     "seed": None,
     "foreach": None,
     "fused": None,
@@ -41,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "pretraining": {"learning_rate": 0.5, "weight_decay": 1e-6, "relative_sigma": 0.05},
 }
-_STRINGS = ("preset", "hess_approx", "prior_mean", "prior_on")
+_STRINGS = ("preset", "hess_approx", "prior_mean", "prior_on", "momentum_dtype")
 _BOOLEANS = ("rescale_lr", "debias", "foreach", "fused")
 _INTEGERS = ("mc_samples", "seed")
 
