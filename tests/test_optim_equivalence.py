@@ -1,5 +1,6 @@
 """The optimizer against a slow reference from the paper's text, and against the authors' own implementation."""
 
+import contextlib
 import math
 from unittest import mock
 
@@ -201,3 +202,42 @@ class replayed_normals:  # noqa: N801 - reads like a function
             patch.stop()
         if exception[0] is None:
             assert self.taken[0] == len(self.values), "the other implementation draws its noise in another way"
+
+
+def rounding(run):
+    """Return the largest error of an fp32 run against the same in fp64: of the mean, and relative of the Hessian."""
+    (mean, hess), (exact_mean, exact_hess) = run(torch.float32), run(torch.float64)
+    return (mean - exact_mean).abs().max().item(), (hess / exact_hess - 1).abs().max().item()
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_rounds_at_most_twice_as_much_as_the_authors_implementation(fused):
+    """Faster passes would be paid for with accuracy: both are measured against themselves in double precision."""
+    oracle_module = pytest.importorskip("ivon")
+    size, options = 2**15, {"lr": 1e-3, "ess": 1e4, "hess_init": 0.1, "beta2": 0.999, "weight_decay": 1e-4}
+    start = 0.02 * torch.randn(size)
+    normals = [torch.randn(size) for _ in range(20)]
+
+    def train(optimizer, p, step):
+        for number in range(20):
+            with step(number):
+                with optimizer.sampled_params(train=True):
+                    optimizer.zero_grad()
+                    (0.5 * p.square() + (3 * p).sin()).sum().backward()
+            optimizer.step()
+        return p.detach().double()
+
+    def ours(dtype):
+        p = nn.Parameter(start.to(dtype, copy=True))
+        optimizer = IVON([p], **options, fused=fused)
+        mean = train(optimizer, p, lambda number: contextlib.nullcontext())
+        return mean, optimizer.state[p]["hess"].double()
+
+    def theirs(dtype):
+        p = nn.Parameter(start.to(dtype, copy=True))
+        optimizer = oracle_module.IVON([p], **options)
+        mean = train(optimizer, p, lambda number: replayed_normals(normals[number].to(dtype)))
+        return mean, optimizer.param_groups[0]["hess"].double()
+
+    for error, allowed in zip(rounding(ours), rounding(theirs), strict=True):
+        assert 0 < error < 2 * allowed
