@@ -62,8 +62,8 @@ class IVON(torch.optim.Optimizer):
             effect when clipping is on.
         debias: Divide the gradient average by ``1 - beta1**t``.
         hess_approx: ``"price"``, the reparameterization estimator of Equation 3; ``"gradsq"``, the squared gradient of
-            the step's batch (Appendix B.2); or ``"fisher"``, that times `batch_size`, averaged without a trace of the
-            start value: the one that learns within hundreds of steps.
+            the step's batch (Appendix B.2); or ``"fisher"``, that times `batch_size`, averaged with
+            `hess_init` as one estimate (make it small, 1e-6): the one that learns within hundreds of steps.
         batch_size: What the loss of a step is an average of, over all processes: examples, or label tokens; > 0. Only
             ``"fisher"`` uses it.
         prior_mean: ``"zero"``; ``"init"``, the weights at the first use; or one tensor per parameter, in order.

@@ -34,6 +34,7 @@ except ImportError:  # run as a script: this directory is on the path
     import run_glue
 
 GLUE = ("mrpc", "qnli", "qqp")
+TASKS = (*merge_sentiment.TASKS, *GLUE)
 METRICS = ("accuracy", "nll", "ece")
 
 
@@ -131,6 +132,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--model_name_or_path", default="roberta-base")
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="datasets; all if not given")
     parser.add_argument("--adamw", default="", help="flags of run_glue.py for AdamW")
     parser.add_argument("--ivon", default="--ivon_preset finetuning", help="flags of run_glue.py for IVON")
     parser.add_argument("--max_length", type=int, default=64, help="tokens at which a text is cut")
@@ -147,9 +149,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     merge_sentiment.prepare(arguments.data_dir, arguments.output_dir / "data", limits)
     prepare_glue(arguments.data_dir, arguments.output_dir / "data", limits)
     flags = ["--max_length", str(arguments.max_length), *flags]
-    tasks = (*merge_sentiment.TASKS, *GLUE)
-    runs = {seed: {task: study(arguments, task, seed, flags) for task in tasks} for seed in arguments.seeds}
-    found = {task: medians([runs[seed][task] for seed in arguments.seeds]) for task in tasks}
+    runs = {seed: {t: study(arguments, t, seed, flags) for t in arguments.tasks} for seed in arguments.seeds}
+    found = {task: medians([runs[seed][task] for seed in arguments.seeds]) for task in arguments.tasks}
     header = ["", "rank corr.", "halves"]
     header += [f"{who} {m}" for who in ("AdamW", "mean", "averaged") for m in METRICS] + ["time"]
     body = []

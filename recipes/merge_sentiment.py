@@ -198,10 +198,13 @@ def study(arguments: argparse.Namespace, setup: str, seed: int, data: Path, flag
         guided = {"method": "uncertainty", **shared}
         rows[f"{name}, weights 1"] = done.evaluate(name, "test", sources, weights=ones, **guided)
         rows[f"{name}, tuned"] = done.tuned(name, sources, SCALES, **guided)
-        # Without a Hessian of the base: the average by the models' own.
-        rows[f"{name}, no prior"] = done.evaluate(
-            f"{name} without", "test", sources, weights=ones, base_hessian=0.0, **guided
-        )
+        # Training's prior may be strong. Without any, the rule is the average by the models' Hessians; that of the
+        # squared gradients is weak.
+        for label, weight_decay in (("no prior", 0.0), ("weak prior", 1e-5)):
+            hessian = weight_decay * arguments.max_train_samples
+            rows[f"{name}, {label}"] = done.evaluate(
+                f"{name} {label}", "test", sources, weights=ones, base_hessian=hessian, **guided
+            )
     return [[n, r.get("scale"), *(r[t] for t in TASKS), statistics.mean(r[t] for t in TASKS)] for n, r in rows.items()]
 
 

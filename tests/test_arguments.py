@@ -71,6 +71,8 @@ def test_presets_fill_what_is_not_set():
         preset["relative_sigma"],
     )
     assert "preset" not in options
+    assert options["hess_init"] == 1e-6, "1 would be a thousand times the curvature that is learnt"
+    assert make(ivon_hess_approx="fisher", ivon_hess_init=0.1).ivon_options()["hess_init"] == 0.1
     # Who gives what `relative_sigma` sets means it, also beside a preset.
     for flags in (["finetuning", "--weight_decay", "1e-7"], ["pretraining", "--ivon_hess_init", "0.3"]):
         args = parse("--ivon_preset", *flags)

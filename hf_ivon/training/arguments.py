@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_ivon.options import check_options
-from hf_ivon.training.presets import DEFAULTS, PRESETS, convert, parse
+from hf_ivon.training.presets import DEFAULTS, FISHER_START, PRESETS, convert, parse
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ class IVONTrainingArguments(TrainingArguments):
     ivon_hess_init: float | None = field(
         default=None,
         metadata={
-            "help": "Start value of the Hessian, > 0; sigma starts at (ess * (hess_init + wd)) ** -0.5. Default 1."
+            "help": "Start value of the Hessian, > 0; sigma starts at (ess * (hess_init + wd)) ** -0.5. Default 1, "
+            "for 'fisher', which counts it as one estimate, 1e-6."
         },
     )
     ivon_beta1: float | None = field(default=None, metadata={"help": "Decay of the gradient average. Default 0.9."})
@@ -231,6 +232,8 @@ class IVONTrainingArguments(TrainingArguments):
         """
         flags, given = _flags(self), _given(self)
         options = {**DEFAULTS, **preset_of(self), **given}
+        if options["hess_approx"] == "fisher" and "hess_init" not in given:
+            options["hess_init"] = FISHER_START
         if "ess" in given and given["ess"] != "auto" and given.get("temperature", 1.0) != 1.0:
             raise ValueError(
                 f"`temperature` must be left out where `ess` is a number, got {given['temperature']!r} and "

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+# `hess_init` for "fisher", which counts it as one estimate: at 1 that alone would be a thousand times the curvature of
+# a weight after a hundred steps.
+FISHER_START = 1e-6
 # What an option is when neither a flag, `optim_args` nor the preset sets it: the paper's finetuning (App. C.4).
 DEFAULTS: dict[str, Any] = {
     "preset": "paper",
