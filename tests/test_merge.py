@@ -89,6 +89,12 @@ def test_the_hessian_of_the_base_may_be_given(models):
     merge(names, directory / "fisher", method="fisher")  # which is what is left of the rule then
     for key, value in tensors(directory / "out").items():
         torch.testing.assert_close(value, tensors(directory / "fisher")[key], rtol=1e-5, atol=1e-6)
+    report = merge(names, directory / "drowned", base_model=directory / "base", base_hessian=1e9)
+    assert "drowns those of the models" in report["notes"][0]
+    added = methods.task_arithmetic(
+        tensors(directory / "base")[key], [tensors(directory / n)[key] for n in "abc"], [1.0] * 3
+    )
+    torch.testing.assert_close(tensors(directory / "drowned")[key], added, rtol=1e-4, atol=1e-5)
     for settings in ({"base_hessian": -1.0}, {"base_hessian": 1.0, "method": "average"}):
         with pytest.raises(ValueError, match="`base_hessian` must be a number of at least 0, for uncertainty, got"):
             merge(names, directory / "no", base_model=directory / "base", **settings)

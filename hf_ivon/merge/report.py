@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from hf_ivon.merge import methods
 from hf_ivon.parts import layer_of
 
 _STRIDE = 64  # one of so many weights is looked at for the logarithms, which cost more than the merge
+_DROWNED = 10.0  # how many times a Hessian of the base is those of the models where these hardly count any more
 _FLAT = 0.01  # distance from averaging, of the models' spread, up to which a rule is called averaging
 
 
@@ -55,12 +57,13 @@ class TensorStatistics:
         for log, more in zip(self._log, other._log, strict=True):
             log[:] = [a + b for a, b in zip(log, more, strict=True)]
 
-    def summary(self, starts: Sequence[float] = ()) -> dict[str, Any]:
+    def summary(self, starts: Sequence[float] = (), base_hessian: float | None = None) -> dict[str, Any]:
         """Return the report of the tensor in JSON types.
 
         Args:
             starts: What each model's trust would be with the Hessian that its training began with; none for rules
                 without.
+            base_hessian: What the rule took for the Hessian of the base, if that is one number.
         """
         total = sum(self._shares)
         report: dict[str, Any] = {
@@ -69,6 +72,8 @@ class TensorStatistics:
         }
         if self._log[0][2] and starts:
             moments = [(s / n, q / n, math.log(start)) for (s, q, n), start in zip(self._log, starts, strict=True)]
+            report |= {} if base_hessian is None else {"base_hessian": base_hessian}
+            report["trust_typical"] = [math.exp(s) for s, _, _ in moments]
             report["trust_spread"] = [math.sqrt(max(0.0, q - s * s)) for s, q, _ in moments]
             report["trust_from_start"] = [math.sqrt(max(0.0, q - 2 * s * c + c * c)) for s, q, c in moments]
         return report
@@ -86,17 +91,29 @@ def notes(method: str, tensors: Mapping[str, Mapping[str, Any]]) -> list[str]:
         method: The rule.
         tensors: `TensorStatistics.summary` by tensor name.
     """
+    found = []
+    priors = [
+        (t["base_hessian"], statistics.median(t["trust_typical"])) for t in tensors.values() if "base_hessian" in t
+    ]
+    if priors and statistics.median(prior / max(trust, 1e-30) for prior, trust in priors) > _DROWNED:
+        prior, trust = (statistics.median(values) for values in zip(*priors, strict=True))
+        found.append(
+            f"The Hessian of the base, {prior:.2g}, drowns those of the models, which are {trust:.2g} in a typical "
+            f"tensor: the rule adds up all that the models learnt, as task arithmetic does. Pass a smaller one, as "
+            f"--base-hessian {trust:.0e}, or smaller weights."
+        )
     merged = [t for t in tensors.values() if "shares" in t]
     distances = [t["distance_from_average"] for t in merged]
     spreads = [d for t in merged for d in t.get("trust_spread", [])]
     flat = method in ("fisher", "gaussian") and distances and max(distances) < _FLAT
     flat = flat or (method == "uncertainty" and spreads and max(spreads) < _FLAT)
     if not flat:
-        return []
+        return found
     rule = "task arithmetic with a scale" if method == "uncertainty" else "plain averaging"
     return [
+        *found,
         f"The posteriors are so flat that {method} is {rule}: within a tensor all weights are trusted alike to 1%. "
-        f"Train longer or with a smaller beta2, so that the Hessians move, or estimate them with `hf-ivon curvature`."
+        f"Train longer or with a smaller beta2, so that the Hessians move, or estimate them with `hf-ivon curvature`.",
     ]
 
 

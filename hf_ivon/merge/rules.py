@@ -195,14 +195,32 @@ def size_of(config: PosteriorConfig, name: str) -> float:
 
 
 def _base_hessian(plan: Plan, name: str, precision: Tensor | None) -> Tensor:
-    """Return the number that was given; else the base's own Hessian, else the prior's, averaged over the models."""
-    if plan.base_hessian is not None:
-        return torch.tensor(plan.base_hessian)
-    if precision is not None and plan.base is not None:
-        return _hessian(plan.base.config, plan.base_name(name), precision)
+    """Return the number that was given; else the base's own Hessian, else the prior's."""
+    number = base_hessian(plan, name)
+    if number is not None:
+        return torch.tensor(number)
+    assert plan.base is not None  # whose posterior it is
+    assert precision is not None
+    return _hessian(plan.base.config, plan.base_name(name), precision)
+
+
+def base_hessian(plan: Plan, name: str) -> float | None:
+    """Return the Hessian of the base where it is one number for a tensor: given, or the prior's, averaged over models.
+
+    Args:
+        plan: The merge.
+        name: The tensor.
+
+    Returns:
+        The number, loss/param²; None if the base has a posterior of its own there, or the rule does not use it.
+    """
+    if plan.method != "uncertainty" or not plan.trusts(name):
+        return None
+    own = plan.base is not None and plan.base.posterior is not None and plan.base_name(name) in plan.base.posterior
+    if plan.base_hessian is not None or own:
+        return plan.base_hessian
     configs = [m.config for m in plan.models if m.config is not None]
-    prior = sum(size_of(c, name) * c.of("weight_decay", name) for c in configs) / len(configs)
-    return torch.tensor(prior)
+    return sum(size_of(c, name) * c.of("weight_decay", name) for c in configs) / len(configs)
 
 
 def _thresholds(plan: Plan, name: str) -> list[float]:
