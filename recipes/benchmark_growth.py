@@ -128,6 +128,7 @@ def draw(found: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
             ends = [min(points), max(points)]
             axes.plot(list(points), [s * 1e3 for s in points.values()], marker, color=colour, label=name)
             axes.plot(ends, [(slope * n + intercept) * 1e3 for n in ends], color=colour, linewidth=1.0)
+        axes.set_xticks(list(next(iter(by_optimizer.values()))))
         axes.set_xlabel(UNITS[what])
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
