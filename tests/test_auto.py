@@ -173,6 +173,16 @@ def test_the_usual_weight_decay_of_zero_is_no_prior(tmp_path, auto, caplog):
     assert "set to 1e-05" in caplog.text
 
 
+def test_presets_reach_a_script_that_nobody_edits(tmp_path, auto, caplog):
+    """The preset would be refused by stock arguments, or the prior that it sets be another than is said."""
+    options = {"optim_args": "preset=finetuning", "learning_rate": 0.1, "weight_decay": 0.0}
+    trainer = Trainer(model=tiny.bert(), args=arguments(tmp_path, **options), train_dataset=tiny.sentences(8))
+    trainer.train()
+    config = trainer.posterior().config
+    assert (config.estimator, config.ess) == ("ivon-fisher", 8 / 0.005)
+    assert f"set to {config.weight_decay:.3g}." in caplog.text
+
+
 def test_what_cannot_be_right_is_refused(tmp_path, auto, monkeypatch):
     """Generating with weight samples, or an optimizer of the script's own, would train something else silently."""
     module = ModuleType("trl.trainer.grpo_trainer")

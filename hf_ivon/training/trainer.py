@@ -104,12 +104,9 @@ class IVONTrainerMixin(EvaluationMixin):
         """Return what IVON is made with, beside parameters and learning rate; `ess` is a number. Also `prior_on`."""
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("The model must have trainable parameters, got none. Unfreeze some, or add an adapter.")
-        if self.args.weight_decay == 0 and not isinstance(self.args, IVONTrainingArguments):
-            self.args.weight_decay = preset_of(self.args)["weight_decay"]  # 0, the usual default, would be no prior
-            logger.warning(
-                "The prior precision `weight_decay` is set to %g. Pass another --weight_decay, tiny for a flat prior.",
-                self.args.weight_decay,
-            )
+        without_prior = self.args.weight_decay == 0 and not isinstance(self.args, IVONTrainingArguments)
+        if without_prior:  # 0, the usual default, would be no prior
+            self.args.weight_decay = preset_of(self.args)["weight_decay"]
         # Called by its class: the script's own arguments, or those read from `training_args.bin`, are plain ones.
         options = IVONTrainingArguments.ivon_options(self.args)
         lr = self.args.learning_rate
@@ -127,6 +124,11 @@ class IVONTrainerMixin(EvaluationMixin):
         options["weight_decay"] = self.args.weight_decay
         if options["relative_sigma"]:
             options |= precision_of_sigma(model, options)
+        if without_prior:
+            logger.warning(
+                "The prior precision `weight_decay` is set to %.3g. Pass a --weight_decay, tiny for a flat prior.",
+                options["weight_decay"],
+            )
         del options["relative_sigma"], options["temperature"]
         return options
 
