@@ -36,7 +36,7 @@ def complete_state(p: Tensor, group: Mapping[str, Any], state: MutableMapping[st
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32)
     if "momentum" not in state:
-        narrow = torch.bfloat16 if group["momentum_dtype"] == "bfloat16" else dtype
+        narrow = torch.bfloat16 if group.get("momentum_dtype") == "bfloat16" else dtype  # none in older states
         state["momentum"] = torch.zeros_like(p, dtype=narrow, requires_grad=False)
     if "hess" not in state:
         state["hess"] = torch.full_like(p, group["hess_init"], dtype=dtype, requires_grad=False)
