@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -17,11 +18,13 @@ def _enter(rank, world_size, function, directory, arguments):
     )
     store = dist.FileStore(str(directory / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    try:
-        result = function(rank, world_size, *arguments)
-        torch.save(result, directory / f"result-{rank}")
-    finally:
-        dist.destroy_process_group()
+    result = function(rank, world_size, *arguments)
+    torch.save(result, directory / f"result-{rank}")
+    dist.barrier()
+    (directory / f"done-{rank}").touch()
+    while not all((directory / f"done-{other}").exists() for other in range(world_size)):
+        time.sleep(0.01)
+    os._exit(0)  # gloo can hang or abort when torch frees a Reducer at the end
 
 
 def run(function, world_size, directory, *arguments):
