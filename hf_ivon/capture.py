@@ -255,9 +255,9 @@ class GradientCapture:
         """What the window's buffers are to be divided by."""
         return float(self.contexts) if self.averaged else 1.0
 
-    def curvature(self, p: Tensor) -> tuple[Tensor, float]:
-        """Return the window's buffer for `p`, shape of `p`, and the number to divide it by."""
-        return self._buffers[p], self.divisor
+    def curvature(self, p: Tensor) -> Tensor:
+        """Return the window's buffer for `p`, shape of `p`, to be divided by `divisor`."""
+        return self._buffers[p]
 
     def buffers(self, params: Iterable[Tensor]) -> list[Tensor | None]:
         """Return the window's buffers for parameters; None for one without."""

@@ -35,6 +35,13 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
         raise RecipeError(str(err)) from err
 
 
+def split_flags(argv: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+    """Return the flags before `--`, a study's own, and those after it, which it hands on; None is the command line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    place = argv.index("--") if "--" in argv else len(argv)
+    return argv[:place], argv[place + 1 :]
+
+
 def _settings_as_flags(path: Path, parser: HfArgumentParser) -> list[str]:
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise RecipeError(f"The settings file must be .json or .yaml, got {str(path)!r}. Flags start with `--`.")

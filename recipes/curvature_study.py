@@ -140,12 +140,11 @@ def measure(glue: run_glue.GlueArguments, args: IVONTrainingArguments, own: argp
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train, measure, write `curvature.json` beside the posterior and print both tables."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    split = argv.index("--") if "--" in argv else len(argv)
+    argv, flags = common.split_flags(argv)
     parser = argparse.ArgumentParser(description="Compare the learnt Hessian with the exact one.")
     parser.add_argument("--examples", type=int, default=512, help="training examples of the exact diagonal")
     parser.add_argument("--samples", type=int, nargs="*", default=[16, 64], help="weight samples of the evaluations")
-    own, flags = parser.parse_args(argv[:split]), argv[split + 1 :]
+    own = parser.parse_args(argv)
     glue, args = common.parse_args((run_glue.GlueArguments, IVONTrainingArguments), flags)
     if not (Path(args.output_dir) / "results.json").is_file():
         with contextlib.redirect_stdout(sys.stderr):

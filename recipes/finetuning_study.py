@@ -124,9 +124,7 @@ def is_better(found: dict[str, Any]) -> bool:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the study, print its table and return the medians by dataset."""
-    argv, flags = list(sys.argv[1:] if argv is None else argv), []
-    if "--" in argv:
-        argv, flags = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    argv, flags = common.split_flags(argv)
     parser = argparse.ArgumentParser(description="Finetune on eight datasets with IVON and AdamW.")
     parser.add_argument("--data_dir", required=True, type=Path)
     parser.add_argument("--model_name_or_path", default="roberta-base")
@@ -141,11 +139,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--examples", type=int, default=256, help="training examples of the exact diagonal")
     parser.add_argument("--samples", type=int, default=16, help="weight samples")
     arguments = parser.parse_args(argv)
-    limits = {
-        "train": arguments.max_train_samples,
-        "test": arguments.max_eval_samples,
-        "validation": arguments.max_eval_samples // 2,
-    }
+    limits = merge_sentiment.limits_of(arguments)
     merge_sentiment.prepare(arguments.data_dir, arguments.output_dir / "data", limits)
     prepare_glue(arguments.data_dir, arguments.output_dir / "data", limits)
     flags = ["--max_length", str(arguments.max_length), *flags]

@@ -55,6 +55,12 @@ def key(row: dict[str, Any]) -> str:
     return re.sub(r"\W+", "", row["sentence"].lower())
 
 
+def limits_of(arguments: argparse.Namespace) -> dict[str, int]:
+    """Return the most rows of each split of a dataset."""
+    test = arguments.max_eval_samples
+    return {"train": arguments.max_train_samples, "test": test, "validation": test // 2}
+
+
 def prepare(data_dir: Path, directory: Path, limits: dict[str, int]) -> None:
     """Write the splits that are used, without sentences of one task's test split in any task's training split."""
     splits = {t: {s: read(data_dir, t, s) for s in ("train", "test")} for t in TASKS}
@@ -210,9 +216,7 @@ def study(arguments: argparse.Namespace, setup: str, seed: int, data: Path, flag
 
 def main(argv: list[str] | None = None) -> None:
     """Run the study and print one table per set-up, medians over the seeds."""
-    argv, flags = list(sys.argv[1:] if argv is None else argv), []
-    if "--" in argv:
-        argv, flags = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    argv, flags = common.split_flags(argv)
     parser = argparse.ArgumentParser(description="Merge sentiment classifiers (Table 5).")
     parser.add_argument("--data_dir", required=True, type=Path)
     parser.add_argument("--model_name_or_path", default="roberta-base")
@@ -224,11 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_eval_samples", type=int, default=400, help="test rows of each task; half for tuning")
     parser.add_argument("--curvature_samples", type=int, default=400, help="examples of the squared gradients")
     arguments = parser.parse_args(argv)
-    limits = {
-        "train": arguments.max_train_samples,
-        "test": arguments.max_eval_samples,
-        "validation": arguments.max_eval_samples // 2,
-    }
+    limits = limits_of(arguments)
     data = arguments.output_dir / "data"
     prepare(arguments.data_dir, data, limits)
     flags = ["--max_length", str(arguments.max_length), *flags]

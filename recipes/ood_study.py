@@ -153,9 +153,7 @@ def measure(predict: Callable[[Batches], Prediction], test: Batches, others: dic
 
 def main(argv: list[str] | None = None) -> None:
     """Run the study and print its table."""
-    argv, flags = list(sys.argv[1:] if argv is None else argv), []
-    if "--" in argv:
-        argv, flags = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    argv, flags = common.split_flags(argv)
     parser = argparse.ArgumentParser(description="Calibration and out-of-domain detection of a text classifier.")
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--test_file", required=True)

@@ -54,9 +54,7 @@ def run(recipe: str, directory: Path, flags: list[str]) -> str | None:
 
 def main() -> None:
     """Run the study."""
-    argv, shared = sys.argv[1:], []
-    if "--" in argv:
-        argv, shared = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    argv, shared = common.split_flags()
     parser = argparse.ArgumentParser(description="Run a recipe over settings and seeds, and print the medians.")
     parser.add_argument("recipe", choices=["run_clm", "run_glue"])
     parser.add_argument("--output_dir", required=True, type=Path)

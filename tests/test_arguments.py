@@ -74,7 +74,7 @@ def test_presets_fill_what_is_not_set():
     assert options["hess_init"] == 1e-6, "1 would be a thousand times the curvature that is learnt"
     assert make(ivon_hess_approx="fisher", ivon_hess_init=0.1).ivon_options()["hess_init"] == 0.1
     # Who gives what `relative_sigma` sets means it, also beside a preset.
-    for flags in (["finetuning", "--weight_decay", "1e-7"], ["pretraining", "--ivon_hess_init", "0.3"]):
+    for flags in (["finetuning", "--weight_decay", "0.01"], ["pretraining", "--ivon_hess_init", "0.3"]):
         args = parse("--ivon_preset", *flags)
         assert args.ivon_options()["relative_sigma"] == 0
     assert args.ivon_options()["hess_init"] == 0.3
@@ -155,6 +155,9 @@ def test_optim_args_fill_the_same_options():
          r"`relative_sigma` must be left out where `hess_init` is given, got 0.1 and 0.1: it sets that"),
         ({"weight_decay": 0.1, "ivon_hess_approx": "fisher", "ivon_relative_sigma": 0.2},
          r"`relative_sigma` must be left out where `weight_decay` is given, got 0.2 and 0.1"),
+        ({"ivon_preset": "finetuning", "ivon_relative_sigma": 0.0},
+         r"`weight_decay` must be given with this preset .*Pass --weight_decay"),
+        ({"ivon_preset": "finetuning", "ivon_hess_approx": "price"}, r"`weight_decay` must be given with this preset"),
         ({"ivon_ess": "1e7", "ivon_temperature": 0.1}, r"`temperature` must be left out where `ess` is a number"),
         ({"ivon_relative_sigma": -1.0}, r"`ivon_relative_sigma` must be a number of at least 0, got -1.0\. 0.05"),
         ({"ivon_temperature": 0.0}, r"`ivon_temperature` must be a positive number, got 0.0"),

@@ -24,7 +24,7 @@ from hf_ivon.merge.adapters import fold, merge_products
 from hf_ivon.merge.files import Checkpoint, Writer, replace_in_header
 from hf_ivon.merge.heads import write_heads
 from hf_ivon.merge.plan import NEEDS_POSTERIOR, Plan, make_plan
-from hf_ivon.merge.rules import base_hessian, merged_blocks, start_trust
+from hf_ivon.merge.rules import merged_blocks, number_for_base, start_trust
 from hf_ivon.merge.vocabulary import write_tokenizer
 from hf_ivon.posterior_config import library_versions
 from hf_ivon.tensor_files import Entry, TensorFiles
@@ -244,7 +244,7 @@ def _write(
     return {
         name: {"kept": plan.kept[name].name}
         if name in plan.kept
-        else found.summary(start_trust(plan, name), base_hessian(plan, name))
+        else found.summary(start_trust(plan, name), number_for_base(plan, name))
         for name, found in statistics.items()
     }
 

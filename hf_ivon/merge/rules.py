@@ -196,7 +196,7 @@ def size_of(config: PosteriorConfig, name: str) -> float:
 
 def _base_hessian(plan: Plan, name: str, precision: Tensor | None) -> Tensor:
     """Return the number that was given; else the base's own Hessian, else the prior's."""
-    number = base_hessian(plan, name)
+    number = number_for_base(plan, name)
     if number is not None:
         return torch.tensor(number)
     assert plan.base is not None  # whose posterior it is
@@ -204,7 +204,7 @@ def _base_hessian(plan: Plan, name: str, precision: Tensor | None) -> Tensor:
     return _hessian(plan.base.config, plan.base_name(name), precision)
 
 
-def base_hessian(plan: Plan, name: str) -> float | None:
+def number_for_base(plan: Plan, name: str) -> float | None:
     """Return the Hessian of the base where it is one number for a tensor: given, or the prior's, averaged over models.
 
     Args:

@@ -241,7 +241,8 @@ class IVONTrainingArguments(TrainingArguments):
             )
         if options["relative_sigma"]:
             fisher = options["hess_approx"] == "fisher"
-            fixed = self.weight_decay != preset_of(self)["weight_decay"] if fisher else "hess_init" in given
+            own = self.weight_decay not in (None, preset_of(self)["weight_decay"])
+            fixed = own if fisher else "hess_init" in given
             if fixed and "relative_sigma" in given:
                 name, value = ("weight_decay", self.weight_decay) if fisher else ("hess_init", given["hess_init"])
                 raise ValueError(
@@ -249,6 +250,11 @@ class IVONTrainingArguments(TrainingArguments):
                     f"{value!r}: it sets that. Leave out one of them."
                 )
             options["relative_sigma"] *= not fixed
+        if self.weight_decay is None and not (options["relative_sigma"] and options["hess_approx"] == "fisher"):
+            raise ValueError(
+                "`weight_decay` must be given with this preset where `relative_sigma` does not set it, that is where "
+                "that is 0 or `hess_approx` is not 'fisher', got None. Pass --weight_decay."
+            )
         for key in ("preset", "learning_rate", "weight_decay"):
             del options[key]
         if options["seed"] is None:
@@ -262,7 +268,7 @@ class IVONTrainingArguments(TrainingArguments):
         if options["prior_mean"] == "given":
             raise ValueError("`ivon_prior_mean` must be 'zero' or 'init', got 'given'. Tensors go to `IVON` in code.")
         for key, value in {**options, "lr": self.learning_rate, "weight_decay": self.weight_decay}.items():
-            if key in ("ess", "batch_size") and value == "auto":
+            if (key in ("ess", "batch_size") and value == "auto") or (key == "weight_decay" and value is None):
                 continue
             try:
                 check_options({key: value})
@@ -327,7 +333,7 @@ def _flags(args: TrainingArguments) -> dict[str, Any]:
     return {key: convert(key, value) for key, value in values.items() if value is not None}
 
 
-def _resolve(name: str, value: Any, default: float) -> float:
+def _resolve(name: str, value: Any, default: float | None) -> float | None:
     """Return the default for None, and a number for the string that YAML makes of `1e-3`."""
     if value is None:
         return default

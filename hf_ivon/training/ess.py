@@ -1,4 +1,4 @@
-"""How much data a loss averages over: what `ess=auto` and `batch_size=auto` mean, and the N that is saved."""
+"""Options that stand for something of the data or the model: `ess=auto`, `batch_size=auto`, `relative_sigma`."""
 
 from __future__ import annotations
 

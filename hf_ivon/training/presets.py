@@ -33,10 +33,10 @@ DEFAULTS: dict[str, Any] = {
 # Each preset over the defaults, with `learning_rate` and `weight_decay`. The evidence is in recipes/PAPERS.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"learning_rate": 0.1, "weight_decay": 1e-5},
-    # The weight decay stands for what `relative_sigma` makes of it: a prior at the pretrained weights, of that width.
+    # The weight decay is what `relative_sigma` makes of it: a prior at the pretrained weights, of that width.
     "finetuning": {
         "learning_rate": 0.1,
-        "weight_decay": 0.01,
+        "weight_decay": None,
         "temperature": 0.005,
         "relative_sigma": 0.17,
         "hess_approx": "fisher",

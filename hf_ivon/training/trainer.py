@@ -74,7 +74,11 @@ class IVONTrainerMixin(EvaluationMixin):
             options = self._ivon_options(self.model if model is None else model)
             prior_on, weight_decay = options.pop("prior_on"), options.pop("weight_decay")
             with _handler(lambda context: (IVON, {**context.optimizer_kwargs, **options})):
-                super().create_optimizer(*given)
+                said, self.args.weight_decay = self.args.weight_decay, weight_decay
+                try:
+                    super().create_optimizer(*given)
+                finally:
+                    self.args.weight_decay = said
             if self.ivon is None:
                 raise ValueError(
                     f"`{type(self).__name__}.create_optimizer` must make what `optim` names, got "
@@ -83,7 +87,7 @@ class IVONTrainerMixin(EvaluationMixin):
             names = {p: name for name, p in self.model.named_parameters()}
             for group in self.ivon.param_groups:
                 group["param_names"] = [names.get(p, f"parameter {i}") for i, p in enumerate(group["params"])]
-                if prior_on == "all" or group["weight_decay"]:
+                if prior_on == "all":
                     group["weight_decay"] = weight_decay
             return self.optimizer
         super().create_optimizer(*given)
