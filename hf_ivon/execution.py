@@ -198,6 +198,16 @@ def _sample_whole(
     passes.sample_lanes(thetas, means, hesses, columns, words, ess, weight_decay)
 
 
+def compile_pass(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a pass that is compiled for tensors of any size when it is first called.
+
+    The loop runs in as many threads as torch has when it runs. Else the compiler settles that by the tensors and the
+    threads of the first call, and small ones would make all later loops run in one thread.
+    """
+    compile_: Any = torch.compile
+    return compile_(function, dynamic=True, fullgraph=True, options={"cpp.dynamic_threads": True})
+
+
 class Compiled:
     """The passes, compiled for one kind of device."""
 
@@ -208,8 +218,7 @@ class Compiled:
             "take_product": passes.take_product,
             "update": passes.update,
         }
-        compile_: Any = torch.compile
-        self._functions = {name: compile_(f, dynamic=True, fullgraph=True) for name, f in functions.items()}
+        self._functions = {name: compile_pass(f) for name, f in functions.items()}
         self._failed = False
 
     def sample(self, theta: Tensor, lanes: Lanes, words: Tensor, ess: float, weight_decay: float) -> bool:

@@ -244,7 +244,7 @@ def newton_direction(
         tensor([1.5000])
     """
     displacement = mean if prior_mean is None else mean - prior_mean
-    direction = (momentum / debias).add_(displacement * weight_decay).div_(hess + weight_decay)
+    direction = (momentum * (1.0 / debias)).add_(displacement * weight_decay).div_(hess + weight_decay)
     bound = _number(clip_radius, direction)
     return direction.clamp_(-bound, bound)
 

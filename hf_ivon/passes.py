@@ -130,7 +130,7 @@ def update(
         price: Whether `curvature` holds gradient times noise.
         average: Whether the Hessian is a plain average of its estimates.
     """
-    hess_hat = curvature / divisor
+    hess_hat = curvature * (1.0 / divisor)
     if price:
         hess_hat = functional.hess_hat_price(hess_hat, hess, ess=ess, weight_decay=weight_decay)
     average_grad = functional.update_momentum(momentum, grad, beta1=beta1)

@@ -256,6 +256,20 @@ def test_a_shard_has_its_part_of_the_noise_where_passes_are_compiled(monkeypatch
     torch.testing.assert_close(p.detach()[half:], philox.normal_range(half, p.numel(), p.numel(), words))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_loops_run_in_the_threads_of_their_call(threads, monkeypatch):
+    """Decided by the first call, as the compiler does, a pass over any model runs in one thread: twice the time.
+
+    The first call is the comparison with the eager passes, on few numbers, in as many threads as there happen to be.
+    """
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch._dynamo.reset()
+    _, [code] = run_and_get_code(execution.compile_pass(passes.take_product), *torch.rand(3, 96), 1.0)
+    assert re.findall(r"#pragma omp parallel.*", code) == ["#pragma omp parallel"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reads", "writes"),
@@ -279,7 +293,7 @@ def test_a_compiled_pass_is_one_loop_without_temporaries(name, reads, writes):
     }
     torch._dynamo.reset()
     function = {"sample": execution._sample_whole, "take_product": passes.take_product, "update": passes.update}[name]
-    _, [code] = run_and_get_code(torch.compile(function, dynamic=True, fullgraph=True), *arguments[name])
+    _, [code] = run_and_get_code(execution.compile_pass(function), *arguments[name])
     assert code.count("async_compile.cpp_pybinding(") == 1
     assert "empty_strided_cpu(" not in code.split("def call(")[1]
     kernel = code[code.index('extern "C"') : code.index("async_compile.wait")]
