@@ -1,6 +1,7 @@
 """Merging checkpoints: the rules, the files, and what is said about input that cannot be merged."""
 
 import json
+import re
 import shutil
 
 import peft
@@ -16,22 +17,24 @@ from hf_ivon.cli.main import app
 from hf_ivon.cli.merge import spread
 from hf_ivon.mean import mean_digest, posterior_keys
 from hf_ivon.merge import engine, merge, methods, rules
+from hf_ivon.merge import hessians as hessians_module
+from hf_ivon.merge.plan import make_plan
 from tests import tiny
 
 SIZES = (100, 300, 50)  # training examples of the models
 DELTA = 1e-3
 
 
-def posterior_of(model, num_examples, generator, steps=5):
+def posterior_of(model, num_examples, generator, steps=5, weight_decay=DELTA):
     """A posterior with a Hessian that differs from weight to weight, λ twice N."""
     params = {k: p for k, p in posterior_keys(model).items() if p.requires_grad}
     hess = {k: torch.rand(p.shape, generator=generator) + 0.01 for k, p in params.items()}
     ess = 2.0 * num_examples
     config = PosteriorConfig(
-        ess=ess, weight_decay=DELTA, hess_init=0.5, num_examples=num_examples, num_tokens=None, steps=steps,
+        ess=ess, weight_decay=weight_decay, hess_init=0.5, num_examples=num_examples, num_tokens=None, steps=steps,
         betas=(0.9, 0.99), estimator="ivon-price", mean_digest=mean_digest(params),
     )  # fmt: skip
-    return Posterior({k: 1 / (ess * (h + DELTA)) for k, h in hess.items()}, config), hess
+    return Posterior({k: 1 / (ess * (h + weight_decay)) for k, h in hess.items()}, config), hess
 
 
 def save(model, directory, num_examples, generator):
@@ -98,6 +101,31 @@ def test_the_hessian_of_the_base_may_be_given(models):
     for settings in ({"base_hessian": -1.0}, {"base_hessian": 1.0, "method": "average"}):
         with pytest.raises(ValueError, match="`base_hessian` must be a number of at least 0, for uncertainty, got"):
             merge(names, directory / "no", base_model=directory / "base", **settings)
+
+
+@pytest.mark.parametrize("looked_at", [2**17, 100])
+def test_a_strong_prior_stands_back_behind_the_models(models, monkeypatch, looked_at):
+    """The finetuning preset's prior is thousands of times the data's curvature: with it the merge adds up all
+    differences from the base, which is worse than plain averaging. The average Hessian takes its place, and the merge
+    says so; of large tensors only ranges of rows are looked at."""
+    directory, names, hessians = models
+    monkeypatch.setattr(hessians_module, "_LOOKED_AT", looked_at)
+    for name, size in zip(names, SIZES, strict=True):
+        model = BertForSequenceClassification.from_pretrained(name)
+        generator = torch.Generator().manual_seed(size)
+        posterior, hess = posterior_of(model, size, generator, weight_decay=1e3)
+        save_posterior(posterior, name)
+        hessians[names.index(name)] = hess
+    report = merge(names, directory / "out", base_model=directory / "base")
+    found = [n * h.double().flatten() for n, one in zip(SIZES, hessians, strict=True) for h in one.values()]
+    average = float(torch.cat(found).mean())
+    used = {t["base_hessian"] for t in report["tensors"].values() if "base_hessian" in t}
+    assert len(used) == 1
+    # fp32 keeps h beside delta to 1e3 * 2^-24 = 6e-5 of it; a sample of the rows leaves out most of two tensors.
+    assert used.pop() == pytest.approx(average, rel=1e-3 if looked_at > 10_000 else 0.05)
+    assert re.match(r"The models' prior has the Hessian 1.5e\+05, and would drown theirs", report["notes"][0])
+    state = engine.merged_state_dict(make_plan(names, str(directory / "base"), method="uncertainty"))
+    torch.testing.assert_close(state, tensors(directory / "out"), rtol=0, atol=0)
 
 
 def test_uncertainty_has_its_limits():

@@ -56,7 +56,10 @@ def merge(
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     density: Annotated[float, typer.Option(help="Share of each difference that ties and dare keep.")] = 0.2,
     base_hessian: Annotated[
-        float | None, typer.Option(help="For uncertainty: a number in place of the prior's; small trusts the models.")
+        float | None,
+        typer.Option(
+            help="For uncertainty: a number in place of the base's, or the prior's; small trusts the models."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
     sweep: Annotated[

@@ -23,8 +23,9 @@ from hf_ivon.merge import report as reporting
 from hf_ivon.merge.adapters import fold, merge_products
 from hf_ivon.merge.files import Checkpoint, Writer, replace_in_header
 from hf_ivon.merge.heads import write_heads
+from hf_ivon.merge.hessians import limit_prior, limited_prior, number_for_base, start_trust
 from hf_ivon.merge.plan import NEEDS_POSTERIOR, Plan, make_plan
-from hf_ivon.merge.rules import merged_blocks, number_for_base, start_trust
+from hf_ivon.merge.rules import merged_blocks
 from hf_ivon.merge.vocabulary import write_tokenizer
 from hf_ivon.posterior_config import library_versions
 from hf_ivon.tensor_files import Entry, TensorFiles
@@ -91,8 +92,9 @@ def merge(
         dtype: Of the merged weights; the first model's by default.
         max_shard_size: Largest file, in bytes or like "5GB"; adapters are always one file.
         density: Share of each difference that `ties` and `dare` keep.
-        base_hessian: For `uncertainty`: the Hessian of the base, one number in place of what the models' prior, or the
-            base's posterior, says; small trusts the models' own Hessians alone, loss/param².
+        base_hessian: For `uncertainty`: the Hessian of the base, loss/param²; small trusts the models' own Hessians
+            alone. By default it is that of the base's posterior, if there is one; else the prior's, but no more than
+            the models' Hessians are on average.
         seed: Of what `dare` drops.
         dry_run: Look for problems and return the plan without reading weights.
 
@@ -120,6 +122,7 @@ def merge(
     report: dict[str, Any] = plan.summary()
     if dry_run:
         return report
+    plan = limit_prior(plan)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -128,7 +131,7 @@ def merge(
         else:
             report["tensors"] = {}
             report["ranks"] = merge_products(plan.models, plan.weights, plan.products, plan.method, work)
-        report["notes"] = reporting.notes(plan.method, report["tensors"])
+        report["notes"] = reporting.notes(plan.method, report["tensors"], limited_prior(plan))
         source = next(iter(plan.kept.values())) if plan.kept else plan.models[0]
         _carry_over(source, work)
         if plan.added_tokens:
@@ -179,6 +182,7 @@ def merged_state_dict(plan: Plan) -> dict[str, Tensor]:
     Returns:
         Tensors by name, in the dtypes of the first model.
     """
+    plan = limit_prior(plan)
     rows: dict[str, list[Tensor]] = {name: [] for name in plan.layout}
     for name, part, _ in merged_blocks(plan):
         rows[name].append(part.values.to(plan.layout[name].dtype))

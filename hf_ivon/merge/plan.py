@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class Plan:
         fold_into: The base model that merged adapters are folded into; None if they stay an adapter.
         density: Share of each difference that `ties` and `dare` keep.
         base_hessian: For `uncertainty`, the Hessian of the base; None is what the prior, or its posterior, says.
+        prior_limit: Most that the prior's Hessian counts for as that of the base, loss/param².
         seed: Of what `dare` drops.
     """
 
@@ -55,6 +57,7 @@ class Plan:
     fold_into: Checkpoint | None = None
     density: float = 0.2
     base_hessian: float | None = None
+    prior_limit: float = math.inf
     seed: int = 0
 
     def base_name(self, name: str) -> str:

@@ -84,18 +84,24 @@ def _squared(tensor: Tensor) -> float:
     return float(torch.dot(flat, flat))
 
 
-def notes(method: str, tensors: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def notes(method: str, tensors: Mapping[str, Mapping[str, Any]], limited_prior: float | None = None) -> list[str]:
     """Return what the user should know of a merge, one sentence or two each.
 
     Args:
         method: The rule.
         tensors: `TensorStatistics.summary` by tensor name.
+        limited_prior: The prior's Hessian, if the rule took less than that for the Hessian of the base.
     """
     found = []
     priors = [
         (t["base_hessian"], statistics.median(t["trust_typical"])) for t in tensors.values() if "base_hessian" in t
     ]
-    if priors and statistics.median(prior / max(trust, 1e-30) for prior, trust in priors) > _DROWNED:
+    if limited_prior is not None and priors:
+        found.append(
+            f"The models' prior has the Hessian {limited_prior:.2g}, and would drown theirs. Their average, "
+            f"{priors[0][0]:.2g}, stands for the Hessian of the base; --base-hessian takes another one."
+        )
+    elif priors and statistics.median(prior / max(trust, 1e-30) for prior, trust in priors) > _DROWNED:
         prior, trust = (statistics.median(values) for values in zip(*priors, strict=True))
         found.append(
             f"The Hessian of the base, {prior:.2g}, drowns those of the models, which are {trust:.2g} in a typical "

@@ -13,12 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_ivon.checkpoint import variance_problems
 from hf_ivon.merge import methods
 from hf_ivon.merge.files import Checkpoint, row_blocks
+from hf_ivon.merge.hessians import base_hessian, hessian, variances_of
 from hf_ivon.merge.plan import Plan
 from hf_ivon.merge.report import TensorStatistics
-from hf_ivon.posterior_config import PosteriorConfig
 
 _READ = 2**22  # weights of each model that are read at a time
 _COMPUTE = (
@@ -88,7 +87,7 @@ def _merge_block(
         return MergedRows(_equal(name, parts)), statistics
     wide = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
     base = plan.base.tensors.rows(plan.base_name(name), start, stop) if plan.base else None
-    variances = [_variances(m, name, start, stop) for m in plan.models] if plan.trusts(name) else []
+    variances = [variances_of(m, name, start, stop) for m in plan.models] if plan.trusts(name) else []
     base_variance = _base_variance(plan, name, start, stop)
     values = torch.empty(parts[0].shape, dtype=wide)
     precision = torch.empty_like(values) if variances and plan.method == "gaussian" else None
@@ -104,7 +103,7 @@ def _merge_block(
             _check_finite(plan, name, models)
         trust = [flat(v).reciprocal_() for v in variances]
         if trust and plan.method != "gaussian":
-            trust = [_hessian(m.config, name, t) for m, t in zip(plan.models, trust, strict=True)]
+            trust = [hessian(m.config, name, t) for m, t in zip(plan.models, trust, strict=True)]
         merged, narrow = _apply(
             plan,
             name,
@@ -150,7 +149,7 @@ def _apply(
     if base is None:  # the average, also where a rule that needs no base has no posterior
         return methods.average(models, weights), None
     if method == "uncertainty" and trust:
-        return methods.uncertainty(base, models, trust, _base_hessian(plan, name, prior), weights), None
+        return methods.uncertainty(base, models, trust, base_hessian(plan, name, prior), weights), None
     if method == "ties":
         return methods.ties(base, models, weights, thresholds), None
     if method == "dare":
@@ -165,62 +164,12 @@ def _equal(name: str, parts: list[Tensor]) -> Tensor:
     return parts[0]
 
 
-def _variances(model: Checkpoint, name: str, start: int, stop: int) -> Tensor:
-    assert model.posterior is not None  # the plan made sure
-    variance = model.posterior.rows(name, start, stop)
-    if problems := variance_problems(name, variance):
-        raise ValueError(f"The posterior of {model.name} cannot be used: {problems[0]}. Retrain it.")
-    return variance
-
-
 def _base_variance(plan: Plan, name: str, start: int, stop: int) -> Tensor | None:
     base = plan.base
     known = plan.method == "uncertainty" and base is not None and base.posterior is not None
     if not known or base is None or plan.base_name(name) not in (base.posterior or {}):
         return None
-    return _variances(base, plan.base_name(name), start, stop)
-
-
-def _hessian(config: PosteriorConfig | None, name: str, precision: Tensor) -> Tensor:
-    """Return the Hessian of the summed loss, N * h: precision / ess is h + delta, per example. Changes `precision`."""
-    assert config is not None  # the plan made sure
-    per_example = precision.div_(config.of("ess", name))
-    return per_example.sub_(config.of("weight_decay", name)).clamp_min_(0).mul_(size_of(config, name))
-
-
-def size_of(config: PosteriorConfig, name: str) -> float:
-    """Return what the training loss averaged over: label tokens, or examples; `ess` where neither is known."""
-    size = config.num_tokens if config.num_tokens is not None else config.num_examples
-    return float(config.of("ess", name) if size is None else size)
-
-
-def _base_hessian(plan: Plan, name: str, precision: Tensor | None) -> Tensor:
-    """Return the number that was given; else the base's own Hessian, else the prior's."""
-    number = number_for_base(plan, name)
-    if number is not None:
-        return torch.tensor(number)
-    assert plan.base is not None  # whose posterior it is
-    assert precision is not None
-    return _hessian(plan.base.config, plan.base_name(name), precision)
-
-
-def number_for_base(plan: Plan, name: str) -> float | None:
-    """Return the Hessian of the base where it is one number for a tensor: given, or the prior's, averaged over models.
-
-    Args:
-        plan: The merge.
-        name: The tensor.
-
-    Returns:
-        The number, loss/param²; None if the base has a posterior of its own there, or the rule does not use it.
-    """
-    if plan.method != "uncertainty" or not plan.trusts(name):
-        return None
-    own = plan.base is not None and plan.base.posterior is not None and plan.base_name(name) in plan.base.posterior
-    if plan.base_hessian is not None or own:
-        return plan.base_hessian
-    configs = [m.config for m in plan.models if m.config is not None]
-    return sum(size_of(c, name) * c.of("weight_decay", name) for c in configs) / len(configs)
+    return variances_of(base, plan.base_name(name), start, stop)
 
 
 def _thresholds(plan: Plan, name: str) -> list[float]:
@@ -235,13 +184,3 @@ def _thresholds(plan: Plan, name: str) -> list[float]:
 
     wanted = int(plan.density * entry.numel)
     return [methods.kth_largest_magnitude(partial(differences, m), wanted) for m in plan.models]
-
-
-def start_trust(plan: Plan, name: str) -> list[float]:
-    """Return for each model the trust in a weight whose Hessian is that which training began with."""
-    if not plan.trusts(name):
-        return []
-    configs = [m.config for m in plan.models if m.config is not None]
-    if plan.method == "gaussian":
-        return [c.of("ess", name) * (c.of("hess_init", name) + c.of("weight_decay", name)) for c in configs]
-    return [size_of(c, name) * c.of("hess_init", name) for c in configs]

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_ivon.merge.engine import check_pairs, merged_state_dict
 from hf_ivon.merge.heads import build_model
+from hf_ivon.merge.hessians import limit_prior
 from hf_ivon.merge.plan import Plan
 
 Metrics = dict[str, float]
@@ -42,6 +43,7 @@ def sweep(
     if steps < 1 or not 0 < scale < math.inf:
         raise ValueError(f"`steps` and `scale` must be positive, got {steps} and {scale}. 4 and 1 are usual.")
     check_pairs(plan)
+    plan = limit_prior(plan)  # which no weights change
     points: list[dict[str, Any]] = []
     for weights in tqdm(list(grid(len(plan.models), steps)), desc="Sweeping", unit="merge"):
         scaled = [scale * w for w in weights]

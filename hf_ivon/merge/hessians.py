@@ -1,0 +1,136 @@
+"""How far a merge trusts a weight: the models' Hessians, and that of their base."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from hf_ivon.checkpoint import variance_problems
+from hf_ivon.merge.files import Checkpoint
+from hf_ivon.merge.plan import Plan
+from hf_ivon.posterior_config import PosteriorConfig
+
+# Weights of a tensor, in a few ranges of rows, from which the average Hessian is estimated.
+_LOOKED_AT, _RANGES = 2**17, 8
+
+
+def variances_of(model: Checkpoint, name: str, start: int, stop: int) -> Tensor:
+    """Return rows of a model's variances.
+
+    Raises:
+        ValueError: If one is not positive.
+    """
+    assert model.posterior is not None  # the plan made sure
+    variance = model.posterior.rows(name, start, stop)
+    if problems := variance_problems(name, variance):
+        raise ValueError(f"The posterior of {model.name} cannot be used: {problems[0]}. Retrain it.")
+    return variance
+
+
+def hessian(config: PosteriorConfig | None, name: str, precision: Tensor) -> Tensor:
+    """Return the Hessian of the summed loss, N * h: precision / ess is h + delta, per example. Changes `precision`."""
+    assert config is not None  # the plan made sure
+    per_example = precision.div_(config.of("ess", name))
+    return per_example.sub_(config.of("weight_decay", name)).clamp_min_(0).mul_(size_of(config, name))
+
+
+def size_of(config: PosteriorConfig, name: str) -> float:
+    """Return what the training loss averaged over: label tokens, or examples; `ess` where neither is known."""
+    size = config.num_tokens if config.num_tokens is not None else config.num_examples
+    return float(config.of("ess", name) if size is None else size)
+
+
+def base_hessian(plan: Plan, name: str, precision: Tensor | None) -> Tensor:
+    """Return the number that was given; else the base's own Hessian, else the prior's."""
+    number = number_for_base(plan, name)
+    if number is not None:
+        return torch.tensor(number)
+    assert plan.base is not None  # whose posterior it is
+    assert precision is not None
+    return hessian(plan.base.config, plan.base_name(name), precision)
+
+
+def number_for_base(plan: Plan, name: str) -> float | None:
+    """Return the Hessian of the base where it is one number for a tensor.
+
+    It is the one that was given, or else that of the prior, averaged over the models, up to the plan's `prior_limit`.
+
+    Args:
+        plan: The merge.
+        name: The tensor.
+
+    Returns:
+        The number, loss/param²; None if the base has a posterior of its own there, or the rule does not use it.
+    """
+    if plan.method != "uncertainty" or not plan.trusts(name):
+        return None
+    if plan.base_hessian is not None or _base_knows(plan, name):
+        return plan.base_hessian
+    return min(_prior(plan, name), plan.prior_limit)
+
+
+def _base_knows(plan: Plan, name: str) -> bool:
+    base = plan.base
+    return base is not None and base.posterior is not None and plan.base_name(name) in base.posterior.entries
+
+
+def _prior(plan: Plan, name: str) -> float:
+    configs = [m.config for m in plan.models if m.config is not None]
+    return sum(size_of(c, name) * c.of("weight_decay", name) for c in configs) / len(configs)
+
+
+def limit_prior(plan: Plan) -> Plan:
+    """Return the plan with its `prior_limit` set, if it has a use for it: the average Hessian of the models' weights.
+
+    A prior that keeps the models near their base, as that of the preset for finetuning, is many thousand times what
+    the data say of a weight. The rule would then add up what the models learnt, as if each had been held back from all
+    of it by the prior alone, and the Hessians would not count.
+
+    Args:
+        plan: The merge.
+    """
+    names = _without_base_hessian(plan)
+    if not names or plan.base_hessian is not None or plan.prior_limit < math.inf:
+        return plan
+    total = sum(_sum_of_hessians(m, n) for m in plan.models for n in names)
+    weights = len(plan.models) * sum(plan.layout[n].numel for n in names)
+    return dataclasses.replace(plan, prior_limit=total / weights)
+
+
+def limited_prior(plan: Plan) -> float | None:
+    """Return the prior's Hessian, averaged over tensors, if it is above the limit; else None."""
+    priors = [_prior(plan, name) for name in _without_base_hessian(plan)]
+    average = sum(priors) / max(1, len(priors))
+    return average if average > plan.prior_limit else None
+
+
+def _without_base_hessian(plan: Plan) -> list[str]:
+    names = plan.layout if plan.method == "uncertainty" else ()
+    return [n for n in names if plan.trusts(n) and not _base_knows(plan, n)]
+
+
+def _sum_of_hessians(model: Checkpoint, name: str) -> float:
+    """Return about the sum of a tensor's Hessians, from ranges of rows that are evenly spread."""
+    assert model.posterior is not None  # the plan made sure
+    shape = model.posterior.entries[name].shape
+    rows, numel = (shape[0] if shape else 1), torch.Size(shape).numel()
+    ranges = _RANGES if numel > _LOOKED_AT else 1
+    count = max(1, min(rows, rows * _LOOKED_AT // max(1, numel)) // ranges)
+    total, seen = 0.0, 0
+    for start in range(0, rows - count + 1, max(1, rows // ranges)):
+        found = hessian(model.config, name, variances_of(model, name, start, start + count).double().reciprocal_())
+        total, seen = total + float(found.sum()), seen + found.numel()
+    return total / max(1, seen) * numel
+
+
+def start_trust(plan: Plan, name: str) -> list[float]:
+    """Return for each model the trust in a weight whose Hessian is that which training began with."""
+    if not plan.trusts(name):
+        return []
+    configs = [m.config for m in plan.models if m.config is not None]
+    if plan.method == "gaussian":
+        return [c.of("ess", name) * (c.of("hess_init", name) + c.of("weight_decay", name)) for c in configs]
+    return [size_of(c, name) * c.of("hess_init", name) for c in configs]
