@@ -367,10 +367,11 @@ class Posterior:
 
 def perturbed(mean: Tensor, variance: Tensor, generator: torch.Generator | None, ess_scale: float) -> Tensor:
     """Return a draw of one tensor, in the dtype and on the device of the mean; its noise is drawn on the CPU."""
-    std = (variance / ess_scale).sqrt_()
-    noise = torch.randn(std.shape, generator=generator, dtype=std.dtype, device="cpu").to(std.device).mul_(std)
-    dtype = torch.promote_types(mean.dtype, std.dtype)  # neither a bf16 nor an fp64 mean is rounded by the sum
-    return (mean.detach().to(dtype) + noise.to(mean.device)).to(mean.dtype)
+    noise = torch.randn(variance.shape, generator=generator, dtype=variance.dtype, device="cpu").to(variance.device)
+    for part, var in functional.cache_sized(noise, variance):
+        part.mul_((var / ess_scale).sqrt_())
+    dtype = torch.promote_types(mean.dtype, variance.dtype)  # neither a bf16 nor an fp64 mean is rounded by the sum
+    return noise.to(mean.device, dtype).add_(mean.detach().to(dtype)).to(mean.dtype)
 
 
 def one_or_all(values: dict[str, float]) -> float | dict[str, float]:
