@@ -114,6 +114,46 @@ def posterior_predict(
     Source:
         arXiv:2402.17641, Section 4.2: posterior averaging in the space of probabilities.
     """
+    settings: dict[str, Any] = {"num_samples": num_samples, "tolerance": tolerance, "seed": seed}
+    settings |= {"ess_scale": ess_scale, "device": device, "progress": progress}
+    *_, last = running_predictions(model, posterior, data, **settings)
+    return last
+
+
+def running_predictions(
+    model: nn.Module,
+    posterior: Posterior | Mixture | None,
+    data: Batches,
+    *,
+    num_samples: int,
+    tolerance: float = 0.0,
+    seed: int = 0,
+    ess_scale: float = 1.0,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Iterator[Prediction]:
+    """Yield the averaged prediction after each weight sample; the last one is what `posterior_predict` returns.
+
+    In between the model is at its mean.
+
+    Args:
+        model: As for `posterior_predict`.
+        posterior: As there.
+        data: As there.
+        num_samples: As there.
+        tolerance: As there.
+        seed: As there.
+        ess_scale: As there.
+        device: As there.
+        progress: As there.
+
+    Yields:
+        Averages over 1, 2, ... samples; with `num_samples` 0 one prediction, at the mean.
+
+    Raises:
+        TypeError: As there, when the first prediction is asked for.
+        ValueError: As there.
+    """
     problem = getattr(getattr(unwrap(model), "config", None), "problem_type", None)
     if problem == "multi_label_classification":
         raise ValueError(
@@ -123,11 +163,11 @@ def posterior_predict(
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"`tolerance` must be at least 0, got {tolerance!r}. 0 takes all samples, 1e-3 is fine.")
     average: ScoreAverage | None = None
-    votes, labels, small = torch.zeros((), dtype=torch.float64), None, 0
+    votes, small = torch.zeros((), dtype=torch.float64), 0
     settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "ess_scale": ess_scale}
     settings |= {"device": device, "progress": progress}
-    for rows, given in _passes(model, posterior, data, _outputs, **settings):
-        labels, regression = given, rows.shape[1] == 1
+    for rows, labels in _passes(model, posterior, data, _outputs, **settings):
+        regression = rows.shape[1] == 1
         if problem == "regression" and not regression:
             raise ValueError(
                 f"`model` must have one output for regression, got {rows.shape[1]}. Use `posterior.sampled` and "
@@ -139,16 +179,16 @@ def posterior_predict(
         votes = votes + nn.functional.one_hot(rows.argmax(dim=1), rows.shape[1])
         moved = (average.mean - before).abs().sum(dim=1).mean() / (1 if regression else 2)
         small = small + 1 if moved < tolerance else 0
+        taken = average.count if num_samples else 0
+        if regression:
+            mean, variance = average.mean[:, 0], average.variance[:, 0]
+            yield Prediction(taken, labels, prediction_mean=mean, prediction_variance=variance)
+        else:
+            ratio = 1 - votes.amax(dim=1) / average.count
+            found = {"expected_entropy": average.expected_entropy, "variation_ratio": ratio}
+            yield Prediction(taken, labels, probabilities=average.mean, **found)
         if small == 2:
             break
-    assert average is not None  # there is a pass, or it raised
-    taken = average.count if num_samples else 0
-    if average.function == "none":
-        mean, variance = average.mean[:, 0], average.variance[:, 0]
-        return Prediction(taken, labels, prediction_mean=mean, prediction_variance=variance)
-    ratio = 1 - votes.amax(dim=1) / average.count
-    found = {"probabilities": average.mean, "expected_entropy": average.expected_entropy, "variation_ratio": ratio}
-    return Prediction(taken, labels, **found)
 
 
 def posterior_perplexity(

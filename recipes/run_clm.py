@@ -236,6 +236,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()  # the log, from which `hf-ivon inspect --plots` draws the run
     results = evaluate(trainer, validation, data_args.eval_num_samples, args)
     results["history"] = trainer.state.log_history
     common.write_results(args.output_dir, results)

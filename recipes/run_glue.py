@@ -232,6 +232,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()  # the log, from which `hf-ivon inspect --plots` draws the run
     loader = DataLoader(validation, batch_size=args.per_device_eval_batch_size, collate_fn=collator)
     results: dict[str, Any] = {
         "task": glue.task_name,

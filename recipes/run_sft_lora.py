@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()  # the log, from which `hf-ivon inspect --plots` draws the run
     results: dict[str, Any] = {"optimizer": str(getattr(args.optim, "value", args.optim)), "seed": args.seed}
     if trainer.eval_dataset is not None:
         loader = DataLoader(trainer.eval_dataset, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)

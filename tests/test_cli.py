@@ -148,6 +148,24 @@ def test_a_trained_model(tmp_path):
     assert "hardly moved" in result.stdout  # beta2 is 0.99999
 
 
+def test_figures_of_a_checkpoint(checkpoint, tmp_path):
+    """A run's log lies beside its posterior, and would have to be drawn by hand; a broken one must hide nothing."""
+    record = {"step": 1, "loss": 2.0}
+    record |= {f"ivon_{name}_{q}": 0.5 for name in ("hess_rel", "sigma") for q in ("q01", "q50", "q99")}
+    for text, drawn in ((None, False), (json.dumps({"log_history": [record]}), True)):
+        if text is not None:
+            (checkpoint / "trainer_state.json").write_text(text)
+        result = run("inspect", checkpoint, "--plots", tmp_path / str(drawn))
+        assert result.exit_code == 0, result.output
+        assert {f.name for f in (tmp_path / str(drawn)).iterdir()} == {"sigma.png", *(["training.png"] * drawn)}
+    for text, reason in (("{", "trainer_state.json is not readable"), ('{"log_history": []}', "must hold records")):
+        (checkpoint / "trainer_state.json").write_text(text)
+        result = run("inspect", checkpoint, "--plots", tmp_path / "again")
+        assert result.exit_code == 0
+        assert "No training.png: " in result.output
+        assert reason in result.output
+
+
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "foreign"])
 def test_bad_directories_exit_with_2(tmp_path, checkpoint, damage):
     """A script would go on after a checkpoint that cannot be used, or a person read a traceback."""

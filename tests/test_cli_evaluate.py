@@ -28,7 +28,7 @@ def test_the_evaluate_command(classifiers):
     assert results["mean"]["accuracy"] == evaluate(loaded, batches)["accuracy"]
     assert results["averaged"]["brier"] == pytest.approx(metrics.brier_score(found.probabilities, found.labels))
     assert (results["num_samples"], results["ess_scale"]) == (5, 0.5)
-    assert all((classifiers / f"{name}.png").stat().st_size > 1000 for name in ("reliability", "entropy"))
+    assert all((classifiers / f"{name}.png").stat().st_size > 1000 for name in ("reliability", "entropy", "samples"))
     assert 0 <= results["averaged"]["auroc"] <= 1
     for name, value in results["averaged"].items():
         assert re.search(rf"^{name} +{results['mean'][name]:.4f} +{value:.4f}$", result.output, re.M)

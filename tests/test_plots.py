@@ -12,6 +12,7 @@ from hf_ivon.metrics import expected_calibration_error
 from hf_ivon.plots import (
     entropy_histograms,
     metric_by_samples,
+    posterior_curves,
     reliability_diagram,
     sigma_per_layer,
     trade_offs,
@@ -229,3 +230,48 @@ def test_metrics_are_drawn_at_their_numbers_of_samples_beside_what_takes_none(tm
         metric_by_samples({"IVON": {}}, tmp_path / "b.png", ylabel="NLL (nats)")
     with pytest.raises(ValueError, match="numbers of samples of at least 1, got 0, which has no place"):
         metric_by_samples({"IVON": {0: 0.5, 4: 0.4}}, tmp_path / "b.png", ylabel="NLL (nats)")
+
+
+def record(step, loss, low, middle, high):
+    bands = {
+        f"ivon_{name}_{q}": v
+        for name in ("hess_rel", "sigma")
+        for q, v in (("q01", low), ("q50", middle), ("q99", high))
+    }
+    return {"step": step, "loss": loss, **bands}
+
+
+def test_a_run_is_drawn_with_the_bands_of_its_posterior(tmp_path, figures):
+    """A band at the wrong place would say that a Hessian was learnt which was not."""
+    history = [
+        record(20, 3.0, 0.01, 0.2, 5.0),
+        {"step": 20, "eval_loss": 9.0},
+        record(10, 4.0, 0.5, 1.0, 2.0),
+        {"step": 5, "loss": 7.0},
+    ]
+    posterior_curves(history, tmp_path / "new" / "run.png", title="Run")
+    top, *panels = figures[0].axes
+    assert top.get_lines()[0].get_xydata().tolist() == [[10, 4.0], [20, 3.0]]
+    assert [axes.get_ylabel() for axes in panels] == ["Hessian h over its start", "σ (unit of the weights)"]
+    for axes in panels:
+        assert axes.get_lines()[0].get_xydata().tolist() == [[10, 1.0], [20, 0.2]]
+        corners = {tuple(point) for point in axes.collections[0].get_paths()[0].vertices.tolist()}
+        assert {(10, 0.5), (10, 2.0), (20, 0.01), (20, 5.0)} <= corners
+        assert axes.get_yscale() == "log"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "scale"), [(0.99, 1.01, "linear"), (0.0, 3.0, "symlog"), (-1.0, 3.0, "symlog")]
+)
+def test_bands_have_an_axis_that_shows_them(tmp_path, figures, low, high, scale):
+    """A Hessian of zero has no place on a logarithmic axis, and a narrow band no readable ticks on one."""
+    posterior_curves([record(1, 3.0, low, 1.0, high)], tmp_path / "run.png")
+    assert figures[0].axes[1].get_yscale() == scale
+
+
+def test_a_run_without_a_posterior_has_no_bands(tmp_path):
+    """AdamW's log, or one that was never written to, would make an empty picture."""
+    with pytest.raises(
+        ValueError, match="`log_history` must hold records with the training loss and IVON's statistics"
+    ):
+        posterior_curves([{"step": 1, "loss": 2.0}], tmp_path / "run.png")

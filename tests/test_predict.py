@@ -15,7 +15,7 @@ from hf_ivon.mean import posterior_keys
 from hf_ivon.optim import IVON
 from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig
-from hf_ivon.predict import posterior_predict
+from hf_ivon.predict import posterior_predict, running_predictions
 
 
 class Linear(nn.Module):
@@ -87,6 +87,19 @@ def test_sampling_stops_when_the_average_has_settled():
     assert posterior_predict(model, None, batches(x), num_samples=0, tolerance=1.0).num_samples == 0
     with pytest.raises(ValueError, match="`tolerance` must be at least 0, got -1"):
         posterior_predict(model, None, batches(x), num_samples=0, tolerance=-1)
+
+
+def test_the_average_can_be_followed_as_it_runs():
+    """Metrics by number of samples would take as many predictions from the start; each must be what that gives."""
+    model, x = Linear(3, 4), torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
+    posterior = posterior_of(model, 0.5)
+    running = list(running_predictions(model, posterior, batches(x), num_samples=4, seed=3))
+    assert [prediction.num_samples for prediction in running] == [1, 2, 3, 4]
+    for prediction in running:
+        alone = posterior_predict(model, posterior, batches(x), num_samples=prediction.num_samples, seed=3)
+        for name in ("probabilities", "expected_entropy", "variation_ratio"):
+            assert torch.equal(getattr(prediction, name), getattr(alone, name))
+    assert [p.num_samples for p in running_predictions(model, None, batches(x), num_samples=0)] == [0]
 
 
 class TwoPoints:

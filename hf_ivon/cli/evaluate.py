@@ -28,7 +28,8 @@ def evaluate(
     max_length: Annotated[int, typer.Option(min=2, help="Tokens at which a text is cut.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 32,
     plots: Annotated[
-        Path | None, typer.Option(help="Directory for a classifier's figures: reliability, entropies with --ood-data.")
+        Path | None,
+        typer.Option(help="Directory for a classifier's figures: reliability, samples, entropies with --ood-data."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the numbers as JSON into this file.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the weight samples.")] = 0,
@@ -68,7 +69,7 @@ def run(
     from hf_ivon.data import is_language_model, load_batches, load_checkpoint, metrics_of
     from hf_ivon.metrics import out_of_domain_detection
     from hf_ivon.posterior import Posterior
-    from hf_ivon.predict import posterior_perplexity, posterior_predict
+    from hf_ivon.predict import posterior_perplexity, posterior_predict, running_predictions
 
     model, tokenizer = load_checkpoint(model_name)
     posterior = Posterior.from_pretrained(model_name, model, check_values=True)
@@ -91,9 +92,12 @@ def run(
             for batch in load_batches(ood_file, model, tokenizer, **ood_columns)
         ]
     results: dict[str, Any] = {"data": file.name, "ess_scale": sampling["ess_scale"]}
-    entropies, reliability = {}, {}
+    entropies, reliability, by_samples = {}, {}, {}
     for name, options in (("mean", {"num_samples": 0}), ("averaged", {**sampling, "tolerance": tolerance})):
-        found_here = posterior_predict(model, posterior, batches, **options)
+        for found_here in running_predictions(model, posterior, batches, **options):
+            taken = found_here.num_samples
+            if plots is not None and found_here.probabilities is not None and taken.bit_count() == 1:  # 1, 2, 4, ...
+                by_samples[taken] = metrics_of(found_here)["nll"]
         if found_here.probabilities is None:
             _only_for_classifiers("a regression", ood_data=ood_file, plots=plots)
         results[name] = metrics_of(found_here)
@@ -105,9 +109,12 @@ def run(
         if found_here.probabilities is not None:
             reliability[name] = (found_here.probabilities, found_here.labels)
     if plots is not None and reliability:
-        from hf_ivon.plots import entropy_histograms, reliability_diagram
+        from hf_ivon.plots import entropy_histograms, metric_by_samples, reliability_diagram
 
         reliability_diagram(reliability, plots / "reliability.png")
+        by_samples[results["num_samples"]] = results["averaged"]["nll"]
+        references = {"at the mean": results["mean"]["nll"]}
+        metric_by_samples({"averaged": by_samples}, plots / "samples.png", ylabel="NLL (nats)", references=references)
         if entropies:
             entropy_histograms(entropies, plots / "entropy.png")
     return results

@@ -63,6 +63,10 @@ def inspect(
         int, typer.Option(min=0, help="Number of tensor groups to list, largest first; 0 lists none.")
     ] = 12,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all settings in full.")] = False,
+    plots: Annotated[
+        Path | None,
+        typer.Option(help="Directory for figures: sigma by layer, and the run, if trainer_state.json is there."),
+    ] = None,
 ) -> None:
     """Show what a checkpoint's posterior was learnt with, how wide it is, and how far its Hessian has moved.
 
@@ -77,6 +81,27 @@ def inspect(
         raise typer.Exit(2) from None
     summary = {"directory": str(directory), **_summary(posterior, tensors)}
     typer.echo(json.dumps(summary, indent=2) if as_json else "\n".join(_lines(summary)))
+    if plots is not None:
+        try:
+            _draw(posterior, directory / "trainer_state.json", plots)
+        except ImportError as err:
+            typer.echo(f"error: {err}. Install hf_ivon[plots].", err=True)
+            raise typer.Exit(2) from None
+
+
+def _draw(posterior: Posterior, state: Path, directory: Path) -> None:
+    from hf_ivon.json_files import read_json
+    from hf_ivon.plots import posterior_curves, sigma_per_layer
+
+    sigma_per_layer(posterior, directory / "sigma.png")
+    if not state.is_file():
+        return
+    problems: list[str] = []
+    history = (read_json(state, problems) or {}).get("log_history", [])
+    try:
+        posterior_curves(history, directory / "training.png")
+    except ValueError as err:
+        typer.echo(f"No training.png: {next(iter(problems), err)}", err=True)
 
 
 def _summary(posterior: Posterior, num_groups: int) -> dict[str, Any]:
