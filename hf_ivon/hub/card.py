@@ -22,7 +22,13 @@ from hf_ivon.posterior_config import PosteriorConfig, setting_text
 
 CARD_NAME = "README.md"
 RESULTS_NAME = "results.json"
-FIGURES = {"Reliability diagram": "reliability.png", "Entropies": "entropy.png"}
+FIGURES = {  # as `hf-ivon evaluate --plots` and `hf-ivon inspect --plots` name them
+    "Reliability diagram": "reliability.png",
+    "Entropies": "entropy.png",
+    "Likelihood by number of weight samples": "samples.png",
+    "Width of the posterior by layer": "sigma.png",
+    "Training": "training.png",
+}
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _OPEN, _CLOSE = "<!-- hf_ivon:", "<!-- /hf_ivon -->"
 _AT_MEAN, _AVERAGED = "(at the mean)", "(averaged over the posterior)"
@@ -46,7 +52,7 @@ def write_card(
     """Write or complete the README of a directory that holds a posterior.
 
     Metrics are from `results.json` in the directory, as `hf-ivon evaluate --output` writes it, and figures are those
-    that its `--plots` draws.
+    that its `--plots` and that of `hf-ivon inspect` draw.
 
     Args:
         directory: Where the README, results and figures are.
