@@ -128,6 +128,22 @@ def test_a_strong_prior_stands_back_behind_the_models(models, monkeypatch, looke
     torch.testing.assert_close(state, tensors(directory / "out"), rtol=0, atol=0)
 
 
+def test_without_any_curvature_the_prior_is_all_there_is(models):
+    """With a base that counts as little as the models, the merge would be the base."""
+    directory, names, _ = models
+    for name, size in zip(names, SIZES, strict=True):
+        model = BertForSequenceClassification.from_pretrained(name)
+        posterior, hess = posterior_of(model, size, torch.Generator())
+        flat = {k: torch.full_like(h, 1 / (2 * size * DELTA)) for k, h in hess.items()}
+        save_posterior(Posterior(flat, posterior.config), name)
+    for name in names:  # what fp32 leaves of h = 1 / (ess * variance) - delta is below zero, and counts as zero
+        config = json.loads((directory / name / "posterior_config.json").read_text())
+        (directory / name / "posterior_config.json").write_text(json.dumps({**config, "weight_decay": 1.001 * DELTA}))
+    merge(names, directory / "out", base_model=directory / "base")
+    merge(names, directory / "added", base_model=directory / "base", method="task-arithmetic")
+    torch.testing.assert_close(tensors(directory / "out"), tensors(directory / "added"))
+
+
 def test_uncertainty_has_its_limits():
     """One model is itself; equal Hessians with weights that add up to 1 average; no curvature moves nothing."""
     generator = torch.Generator().manual_seed(0)

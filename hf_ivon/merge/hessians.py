@@ -97,7 +97,7 @@ def limit_prior(plan: Plan) -> Plan:
         return plan
     total = sum(_sum_of_hessians(m, n) for m in plan.models for n in names)
     weights = len(plan.models) * sum(plan.layout[n].numel for n in names)
-    return dataclasses.replace(plan, prior_limit=total / weights)
+    return dataclasses.replace(plan, prior_limit=total / weights or math.inf)  # without any curvature, only the prior
 
 
 def limited_prior(plan: Plan) -> float | None:
