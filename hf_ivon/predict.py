@@ -116,8 +116,9 @@ def posterior_predict(
     """
     settings: dict[str, Any] = {"num_samples": num_samples, "tolerance": tolerance, "seed": seed}
     settings |= {"ess_scale": ess_scale, "device": device, "progress": progress}
-    *_, last = running_predictions(model, posterior, data, **settings)
-    return last
+    for prediction in running_predictions(model, posterior, data, **settings):  # noqa: B007 - the last one is returned
+        pass
+    return prediction
 
 
 def running_predictions(

@@ -158,7 +158,11 @@ def test_figures_of_a_checkpoint(checkpoint, tmp_path):
         result = run("inspect", checkpoint, "--plots", tmp_path / str(drawn))
         assert result.exit_code == 0, result.output
         assert {f.name for f in (tmp_path / str(drawn)).iterdir()} == {"sigma.png", *(["training.png"] * drawn)}
-    for text, reason in (("{", "trainer_state.json is not readable"), ('{"log_history": []}', "must hold records")):
+    broken = ["[]", "null", "[1]", '[{"step": 1, "loss": null}]', '[{"step": 1, "loss": "high"}]']
+    for text, reason in (
+        ("{", "trainer_state.json is not readable"),
+        *((f'{{"log_history": {history}}}', "must hold records") for history in broken),
+    ):
         (checkpoint / "trainer_state.json").write_text(text)
         result = run("inspect", checkpoint, "--plots", tmp_path / "again")
         assert result.exit_code == 0

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from hf_ivon import load_posterior, metrics, posterior_predict
+from hf_ivon import load_posterior, metrics, plots, posterior_predict
 from hf_ivon.data import evaluate, load_batches, load_checkpoint
 from tests import tiny
 from tests.classifiers import classifiers, invoke
@@ -37,6 +37,23 @@ def test_the_evaluate_command(classifiers):
     result = invoke(*start)
     assert result.exit_code == 2
     assert "posterior_config.json is missing" in result.output
+
+
+def test_the_curve_by_samples_ends_at_the_number_of_the_table(classifiers, monkeypatch):
+    """A curve that was of other samples, or another metric, would say that fewer of them are enough."""
+    drawn = {}
+    monkeypatch.setattr(plots, "metric_by_samples", lambda curves, path, **options: drawn.update(curves, **options))
+    output = classifiers / "out.json"
+    result = invoke(
+        *("evaluate", classifiers / "films", "--data", classifiers / "films.jsonl", "--num-samples", 5),
+        *("--output", output, "--plots", classifiers / "figures"),
+    )
+    assert result.exit_code == 0, result.output
+    results = json.loads(output.read_text())
+    assert sorted(drawn["averaged"]) == [1, 2, 4, 5]
+    assert drawn["averaged"][5] == results["averaged"]["nll"]
+    assert drawn["references"] == {"at the mean": results["mean"]["nll"]}
+    assert drawn["averaged"][1] != drawn["averaged"][5]
 
 
 def test_the_other_domain_may_have_other_columns(classifiers):

@@ -1,6 +1,7 @@
 """Posterior-averaged prediction: exact cases, independence of batches, the way back to the mean, and a whole road."""
 
 import math
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -9,13 +10,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
+from hf_ivon import predict
 from hf_ivon.checkpoint import load_posterior
 from hf_ivon.draws import sample_generator
 from hf_ivon.mean import posterior_keys
 from hf_ivon.optim import IVON
 from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig
-from hf_ivon.predict import posterior_predict, running_predictions
+from hf_ivon.predict import Prediction, posterior_predict, running_predictions
 
 
 class Linear(nn.Module):
@@ -100,6 +102,25 @@ def test_the_average_can_be_followed_as_it_runs():
         for name in ("probabilities", "expected_entropy", "variation_ratio"):
             assert torch.equal(getattr(prediction, name), getattr(alone, name))
     assert [p.num_samples for p in running_predictions(model, None, batches(x), num_samples=0)] == [0]
+
+
+def test_predictions_on_the_way_are_not_kept(monkeypatch):
+    """Sixty-four samples of a large data set would take sixty-four times the memory of one."""
+    alive, most = weakref.WeakSet(), []
+
+    class Watched(Prediction):
+        __hash__, __eq__ = object.__hash__, object.__eq__
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(predict, "Prediction", Watched)
+    model, x = Linear(3, 4), torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
+    assert posterior_predict(model, posterior_of(model), batches(x), num_samples=8).num_samples == 8
+    assert len(most) == 8
+    assert max(most) <= 2
 
 
 class TwoPoints:

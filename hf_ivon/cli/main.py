@@ -97,9 +97,9 @@ def _draw(posterior: Posterior, state: Path, directory: Path) -> None:
     if not state.is_file():
         return
     problems: list[str] = []
-    history = (read_json(state, problems) or {}).get("log_history", [])
+    history = (read_json(state, problems) or {}).get("log_history")
     try:
-        posterior_curves(history, directory / "training.png")
+        posterior_curves(history if isinstance(history, list) else [], directory / "training.png")
     except ValueError as err:
         typer.echo(f"No training.png: {next(iter(problems), err)}", err=True)
 

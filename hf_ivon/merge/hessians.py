@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from hf_ivon.checkpoint import variance_problems
-from hf_ivon.merge.files import Checkpoint
+from hf_ivon.merge.files import Checkpoint, row_blocks
 from hf_ivon.merge.plan import Plan
 from hf_ivon.posterior_config import PosteriorConfig
 
-# Weights of a tensor, in a few ranges of rows, from which the average Hessian is estimated.
-_LOOKED_AT, _RANGES = 2**17, 8
+_READ = 2**22  # weights that are read at a time
 
 
 def variances_of(model: Checkpoint, name: str, start: int, stop: int) -> Tensor:
@@ -95,16 +94,21 @@ def limit_prior(plan: Plan) -> Plan:
     names = _without_base_hessian(plan)
     if not names or plan.base_hessian is not None or plan.prior_limit < math.inf:
         return plan
-    total = sum(_sum_of_hessians(m, n) for m in plan.models for n in names)
     weights = len(plan.models) * sum(plan.layout[n].numel for n in names)
+    enough = weights * max(_prior(plan, n) for n in names)
+    total = 0.0
+    for name in names:
+        for model in plan.models:
+            total += _sum_of_hessians(model, name)
+            if total >= enough:  # the average is above the prior, whatever the other tensors hold
+                return plan
     return dataclasses.replace(plan, prior_limit=total / weights or math.inf)  # without any curvature, only the prior
 
 
-def limited_prior(plan: Plan) -> float | None:
-    """Return the prior's Hessian, averaged over tensors, if it is above the limit; else None."""
-    priors = [_prior(plan, name) for name in _without_base_hessian(plan)]
-    average = sum(priors) / max(1, len(priors))
-    return average if average > plan.prior_limit else None
+def limited_prior(plan: Plan) -> tuple[float, float] | None:
+    """Return the prior's Hessian, the largest over the tensors, and the limit, if it is above that; else None."""
+    largest = max((_prior(plan, name) for name in _without_base_hessian(plan)), default=0.0)
+    return (largest, plan.prior_limit) if largest > plan.prior_limit else None
 
 
 def _without_base_hessian(plan: Plan) -> list[str]:
@@ -113,17 +117,12 @@ def _without_base_hessian(plan: Plan) -> list[str]:
 
 
 def _sum_of_hessians(model: Checkpoint, name: str) -> float:
-    """Return about the sum of a tensor's Hessians, from ranges of rows that are evenly spread."""
     assert model.posterior is not None  # the plan made sure
-    shape = model.posterior.entries[name].shape
-    rows, numel = (shape[0] if shape else 1), torch.Size(shape).numel()
-    ranges = _RANGES if numel > _LOOKED_AT else 1
-    count = max(1, min(rows, rows * _LOOKED_AT // max(1, numel)) // ranges)
-    total, seen = 0.0, 0
-    for start in range(0, rows - count + 1, max(1, rows // ranges)):
-        found = hessian(model.config, name, variances_of(model, name, start, start + count).double().reciprocal_())
-        total, seen = total + float(found.sum()), seen + found.numel()
-    return total / max(1, seen) * numel
+    total = 0.0
+    for start, stop in row_blocks(model.posterior.entries[name].shape, _READ):
+        precision = variances_of(model, name, start, stop).reciprocal_()
+        total += float(hessian(model.config, name, precision).sum(dtype=torch.float64))
+    return total
 
 
 def start_trust(plan: Plan, name: str) -> list[float]:

@@ -84,22 +84,25 @@ def _squared(tensor: Tensor) -> float:
     return float(torch.dot(flat, flat))
 
 
-def notes(method: str, tensors: Mapping[str, Mapping[str, Any]], limited_prior: float | None = None) -> list[str]:
+def notes(
+    method: str, tensors: Mapping[str, Mapping[str, Any]], limited_prior: tuple[float, float] | None = None
+) -> list[str]:
     """Return what the user should know of a merge, one sentence or two each.
 
     Args:
         method: The rule.
         tensors: `TensorStatistics.summary` by tensor name.
-        limited_prior: The prior's Hessian, if the rule took less than that for the Hessian of the base.
+        limited_prior: The prior's Hessian, and the smaller one that the rule took for the Hessian of the base, if so.
     """
     found = []
     priors = [
         (t["base_hessian"], statistics.median(t["trust_typical"])) for t in tensors.values() if "base_hessian" in t
     ]
-    if limited_prior is not None and priors:
+    if limited_prior is not None:
+        prior, limit = limited_prior
         found.append(
-            f"The models' prior has the Hessian {limited_prior:.2g}, and would drown theirs. Their average, "
-            f"{priors[0][0]:.2g}, stands for the Hessian of the base; --base-hessian takes another one."
+            f"The models' prior has the Hessian {prior:.2g}, with which the rule would add up all that they learnt. "
+            f"Their average Hessian, {limit:.2g}, stands for that of the base; --base-hessian takes another number."
         )
     elif priors and statistics.median(prior / max(trust, 1e-30) for prior, trust in priors) > _DROWNED:
         prior, trust = (statistics.median(values) for values in zip(*priors, strict=True))

@@ -98,7 +98,7 @@ def posterior_curves(
         ValueError: If there is no such record.
     """
     needed = ["step", "loss", *(name for names in _BANDS.values() for name in names)]
-    records = [r for r in log_history if all(math.isfinite(r.get(name, math.nan)) for name in needed)]
+    records = [r for r in log_history if isinstance(r, Mapping) and all(_is_finite(r.get(name)) for name in needed)]
     if not records:
         raise ValueError(
             "`log_history` must hold records with the training loss and IVON's statistics, got none. Train with "
@@ -172,6 +172,10 @@ def sigma_per_layer(posterior: Posterior, path: str | PathLike[str], *, title: s
         axes.set_title(title, loc="left", fontsize=12)
     figure.legend(frameon=False, loc="outside lower center", ncols=2, labelcolor=INK)
     return save(figure, path)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
