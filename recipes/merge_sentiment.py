@@ -204,8 +204,8 @@ def study(arguments: argparse.Namespace, setup: str, seed: int, data: Path, flag
         guided = {"method": "uncertainty", **shared}
         rows[f"{name}, weights 1"] = done.evaluate(name, "test", sources, weights=ones, **guided)
         rows[f"{name}, tuned"] = done.tuned(name, sources, SCALES, **guided)
-        # Training's prior may be strong. Without any, the rule is the average by the models' Hessians; that of the
-        # squared gradients is weak.
+        # By default the prior counts for no more than the average Hessian of the models. Without any, the rule is the
+        # average by their Hessians; that of the squared gradients is weak.
         for label, weight_decay in (("no prior", 0.0), ("weak prior", 1e-5)):
             hessian = weight_decay * arguments.max_train_samples
             rows[f"{name}, {label}"] = done.evaluate(
