@@ -26,7 +26,6 @@ _HOME = {
     "posterior_generate": "generation",
     "posterior_perplexity": "predict",
     "posterior_predict": "predict",
-    "running_predictions": "predict",
     "sample_generations": "generation",
     "save_posterior": "checkpoint",
 }
@@ -48,7 +47,6 @@ __all__ = [
     "posterior_generate",
     "posterior_perplexity",
     "posterior_predict",
-    "running_predictions",
     "sample_generations",
     "save_posterior",
 ]
@@ -62,7 +60,7 @@ if TYPE_CHECKING:
     from hf_ivon.pipelines import pipeline
     from hf_ivon.posterior import Posterior
     from hf_ivon.posterior_config import PosteriorConfig
-    from hf_ivon.predict import posterior_perplexity, posterior_predict, running_predictions
+    from hf_ivon.predict import posterior_perplexity, posterior_predict
     from hf_ivon.training.arguments import IVONTrainingArguments
     from hf_ivon.training.trainer import IVONTrainer, IVONTrainerMixin
 

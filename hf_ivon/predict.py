@@ -81,6 +81,7 @@ def posterior_predict(
     ess_scale: float = 1.0,
     device: torch.device | str | None = None,
     progress: bool = False,
+    on_sample: Callable[[Prediction], None] | None = None,
 ) -> Prediction:
     r"""Predict with weights drawn from the posterior, :math:`\frac1S \sum_s p(y | x, \theta_s)`.
 
@@ -102,6 +103,7 @@ def posterior_predict(
         ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was learnt.
         device: Where the batches go; None is the device of the model's first parameter.
         progress: Show a bar for each pass over the data.
+        on_sample: Called after each weight sample with the average so far, while the model is at its mean.
 
     Returns:
         The averaged prediction, on the CPU; its `num_samples` says how many were taken.
@@ -114,47 +116,6 @@ def posterior_predict(
     Source:
         arXiv:2402.17641, Section 4.2: posterior averaging in the space of probabilities.
     """
-    settings: dict[str, Any] = {"num_samples": num_samples, "tolerance": tolerance, "seed": seed}
-    settings |= {"ess_scale": ess_scale, "device": device, "progress": progress}
-    for prediction in running_predictions(model, posterior, data, **settings):  # noqa: B007 - the last one is returned
-        pass
-    return prediction
-
-
-def running_predictions(
-    model: nn.Module,
-    posterior: Posterior | Mixture | None,
-    data: Batches,
-    *,
-    num_samples: int,
-    tolerance: float = 0.0,
-    seed: int = 0,
-    ess_scale: float = 1.0,
-    device: torch.device | str | None = None,
-    progress: bool = False,
-) -> Iterator[Prediction]:
-    """Yield the averaged prediction after each weight sample; the last one is what `posterior_predict` returns.
-
-    In between the model is at its mean.
-
-    Args:
-        model: As for `posterior_predict`.
-        posterior: As there.
-        data: As there.
-        num_samples: As there.
-        tolerance: As there.
-        seed: As there.
-        ess_scale: As there.
-        device: As there.
-        progress: As there.
-
-    Yields:
-        Averages over 1, 2, ... samples; with `num_samples` 0 one prediction, at the mean.
-
-    Raises:
-        TypeError: As there, when the first prediction is asked for.
-        ValueError: As there.
-    """
     problem = getattr(getattr(unwrap(model), "config", None), "problem_type", None)
     if problem == "multi_label_classification":
         raise ValueError(
@@ -164,7 +125,7 @@ def running_predictions(
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"`tolerance` must be at least 0, got {tolerance!r}. 0 takes all samples, 1e-3 is fine.")
     average: ScoreAverage | None = None
-    votes, small = torch.zeros((), dtype=torch.float64), 0
+    votes, labels, small = torch.zeros((), dtype=torch.float64), None, 0
     settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "ess_scale": ess_scale}
     settings |= {"device": device, "progress": progress}
     for rows, labels in _passes(model, posterior, data, _outputs, **settings):
@@ -180,16 +141,22 @@ def running_predictions(
         votes = votes + nn.functional.one_hot(rows.argmax(dim=1), rows.shape[1])
         moved = (average.mean - before).abs().sum(dim=1).mean() / (1 if regression else 2)
         small = small + 1 if moved < tolerance else 0
-        taken = average.count if num_samples else 0
-        if regression:
-            mean, variance = average.mean[:, 0], average.variance[:, 0]
-            yield Prediction(taken, labels, prediction_mean=mean, prediction_variance=variance)
-        else:
-            ratio = 1 - votes.amax(dim=1) / average.count
-            found = {"expected_entropy": average.expected_entropy, "variation_ratio": ratio}
-            yield Prediction(taken, labels, probabilities=average.mean, **found)
+        if on_sample is not None:
+            on_sample(_prediction(average, votes, labels, num_samples))
         if small == 2:
             break
+    assert average is not None  # there is a pass, or it raised
+    return _prediction(average, votes, labels, num_samples)
+
+
+def _prediction(average: ScoreAverage, votes: Tensor, labels: Tensor | None, num_samples: int) -> Prediction:
+    taken = average.count if num_samples else 0
+    if average.function == "none":
+        mean, variance = average.mean[:, 0], average.variance[:, 0]
+        return Prediction(taken, labels, prediction_mean=mean, prediction_variance=variance)
+    ratio = 1 - votes.amax(dim=1) / average.count
+    found = {"probabilities": average.mean, "expected_entropy": average.expected_entropy, "variation_ratio": ratio}
+    return Prediction(taken, labels, **found)
 
 
 def posterior_perplexity(

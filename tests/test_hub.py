@@ -257,3 +257,16 @@ def test_a_posterior_may_come_first(tmp_path, hub):
     with pytest.raises(HfHubHTTPError):
         posterior_of(model, 5, torch.Generator().manual_seed(1))[0].push_to_hub(NAME)
     assert json.loads(hub.repositories[NAME].files["posterior_config.json"])["num_examples"] == 100
+
+
+def test_a_posterior_may_be_proposed(tmp_path, hub):
+    """Who may not write to a repository opens a pull request; written to `main`, it would be published unseen."""
+    model, posterior = make(tmp_path)
+    posterior.push_to_hub(NAME)
+    before = dict(hub.repositories[NAME].files)
+    proposed, _ = posterior_of(model, 5, torch.Generator().manual_seed(1))
+    done = proposed.push_to_hub(NAME, create_pr=True, commit_message="Another posterior")
+    assert done.pr_revision == "refs/pr/1"
+    assert hub.repositories[NAME].messages[-1] == "Another posterior"
+    assert hub.repositories[NAME].files == before
+    assert Posterior.from_pretrained(NAME, model, revision="refs/pr/1").config == proposed.config

@@ -17,7 +17,7 @@ from hf_ivon.mean import posterior_keys
 from hf_ivon.optim import IVON
 from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig
-from hf_ivon.predict import Prediction, posterior_predict, running_predictions
+from hf_ivon.predict import Prediction, posterior_predict
 
 
 class Linear(nn.Module):
@@ -95,13 +95,17 @@ def test_the_average_can_be_followed_as_it_runs():
     """Metrics by number of samples would take as many predictions from the start; each must be what that gives."""
     model, x = Linear(3, 4), torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
     posterior = posterior_of(model, 0.5)
-    running = list(running_predictions(model, posterior, batches(x), num_samples=4, seed=3))
+    running = []
+    last = posterior_predict(model, posterior, batches(x), num_samples=4, seed=3, on_sample=running.append)
+    assert torch.equal(last.probabilities, running[-1].probabilities)
     assert [prediction.num_samples for prediction in running] == [1, 2, 3, 4]
     for prediction in running:
         alone = posterior_predict(model, posterior, batches(x), num_samples=prediction.num_samples, seed=3)
         for name in ("probabilities", "expected_entropy", "variation_ratio"):
             assert torch.equal(getattr(prediction, name), getattr(alone, name))
-    assert [p.num_samples for p in running_predictions(model, None, batches(x), num_samples=0)] == [0]
+    at_mean = []
+    posterior_predict(model, None, batches(x), num_samples=0, on_sample=at_mean.append)
+    assert [prediction.num_samples for prediction in at_mean] == [0]
 
 
 def test_predictions_on_the_way_are_not_kept(monkeypatch):
@@ -118,8 +122,9 @@ def test_predictions_on_the_way_are_not_kept(monkeypatch):
 
     monkeypatch.setattr(predict, "Prediction", Watched)
     model, x = Linear(3, 4), torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
-    assert posterior_predict(model, posterior_of(model), batches(x), num_samples=8).num_samples == 8
-    assert len(most) == 8
+    settings = {"num_samples": 8, "on_sample": lambda prediction: None}
+    assert posterior_predict(model, posterior_of(model), batches(x), **settings).num_samples == 8
+    assert len(most) == 9  # and what is returned
     assert max(most) <= 2
 
 

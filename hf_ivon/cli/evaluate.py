@@ -69,7 +69,7 @@ def run(
     from hf_ivon.data import is_language_model, load_batches, load_checkpoint, metrics_of
     from hf_ivon.metrics import out_of_domain_detection
     from hf_ivon.posterior import Posterior
-    from hf_ivon.predict import posterior_perplexity, posterior_predict, running_predictions
+    from hf_ivon.predict import Prediction, posterior_perplexity, posterior_predict
 
     model, tokenizer = load_checkpoint(model_name)
     posterior = Posterior.from_pretrained(model_name, model, check_values=True)
@@ -93,11 +93,14 @@ def run(
         ]
     results: dict[str, Any] = {"data": file.name, "ess_scale": sampling["ess_scale"]}
     entropies, reliability, by_samples = {}, {}, {}
+
+    def follow(prediction: Prediction) -> None:
+        taken = prediction.num_samples
+        if prediction.probabilities is not None and taken.bit_count() == 1:  # 1, 2, 4, ...
+            by_samples[taken] = metrics_of(prediction)["nll"]
+
     for name, options in (("mean", {"num_samples": 0}), ("averaged", {**sampling, "tolerance": tolerance})):
-        for found_here in running_predictions(model, posterior, batches, **options):
-            taken = found_here.num_samples
-            if plots is not None and found_here.probabilities is not None and taken.bit_count() == 1:  # 1, 2, 4, ...
-                by_samples[taken] = metrics_of(found_here)["nll"]
+        found_here = posterior_predict(model, posterior, batches, **options, on_sample=follow if plots else None)
         if found_here.probabilities is None:
             _only_for_classifiers("a regression", ood_data=ood_file, plots=plots)
         results[name] = metrics_of(found_here)
