@@ -10,6 +10,7 @@ command once, one after another, so that all see the same machine; medians over 
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -157,6 +158,7 @@ def main(argv: list[str] | None = None) -> None:
             shutil.rmtree(out, ignore_errors=True)
             if name == "cp":
                 out.mkdir()
+            os.sync()  # what another command has left to be written to the disk is not this one's to wait for
             found.setdefault(name, []).append(run(command))
     shutil.rmtree(out, ignore_errors=True)
     rows = []

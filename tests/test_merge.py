@@ -69,7 +69,7 @@ def tensors(directory):
 def test_uncertainty_is_the_papers_equation(models, monkeypatch, weights, block):
     """Each weight must be trusted as its Hessian says, N * h of its own model; also when cut into blocks."""
     directory, names, hessians = models
-    monkeypatch.setattr(rules, "_READ", block)
+    monkeypatch.setattr(rules, "_BLOCK", block)
     monkeypatch.setattr(rules, "_COMPUTE", 7 * block // 10)
     merge(names, directory / "out", base_model=directory / "base", weights=weights)
     found, base = tensors(directory / "out"), tensors(directory / "base")

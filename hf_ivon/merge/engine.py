@@ -184,8 +184,8 @@ def merged_state_dict(plan: Plan) -> dict[str, Tensor]:
     """
     plan = limit_prior(plan)
     rows: dict[str, list[Tensor]] = {name: [] for name in plan.layout}
-    for name, part, _ in merged_blocks(plan):
-        rows[name].append(part.values.to(plan.layout[name].dtype))
+    for name, part, _ in merged_blocks(plan, {name: entry.dtype for name, entry in plan.layout.items()}):
+        rows[name].append(part.values)
     return {name: torch.cat(parts) if plan.layout[name].shape else parts[0] for name, parts in rows.items()}
 
 
@@ -235,12 +235,12 @@ def _write(
         Writer(work, "posterior", variances, {"format": "pt", "mean_digest": PLACEHOLDER}, size) as posterior_file,
         tqdm(total=sum(e.numel for e in plan.layout.values()), desc="Merging", unit="weight", unit_scale=True) as bar,
     ):
-        for name, rows, found in merged_blocks(plan):
+        for name, rows, found in merged_blocks(plan, {name: wanted for name, (wanted, _) in layout.items()}):
             if pairs.done():
                 _raise_problems(pairs.result())
-            mean_file.write(name, rows.values.to(layout[name][0]))
-            if name in variances and rows.precision is not None:
-                posterior_file.write(name, rows.precision.reciprocal_().float())
+            mean_file.write(name, rows.values)
+            if rows.variance is not None:
+                posterior_file.write(name, rows.variance)
             statistics[name].absorb(found)
             bar.update(rows.values.numel())
     if variances:

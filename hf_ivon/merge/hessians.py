@@ -66,14 +66,9 @@ def number_for_base(plan: Plan, name: str) -> float | None:
     """
     if plan.method != "uncertainty" or not plan.trusts(name):
         return None
-    if plan.base_hessian is not None or _base_knows(plan, name):
+    if plan.base_hessian is not None or plan.base_knows(name):
         return plan.base_hessian
     return min(_prior(plan, name), plan.prior_limit)
-
-
-def _base_knows(plan: Plan, name: str) -> bool:
-    base = plan.base
-    return base is not None and base.posterior is not None and plan.base_name(name) in base.posterior.entries
 
 
 def _prior(plan: Plan, name: str) -> float:
@@ -113,7 +108,7 @@ def limited_prior(plan: Plan) -> tuple[float, float] | None:
 
 def _without_base_hessian(plan: Plan) -> list[str]:
     names = plan.layout if plan.method == "uncertainty" else ()
-    return [n for n in names if plan.trusts(n) and not _base_knows(plan, n)]
+    return [n for n in names if plan.trusts(n) and not plan.base_knows(n)]
 
 
 def _sum_of_hessians(model: Checkpoint, name: str) -> float:

@@ -68,6 +68,11 @@ class Plan:
         """Tell whether every model has a variance for a tensor."""
         return all(m.posterior is not None and name in m.posterior.entries for m in self.models)
 
+    def base_knows(self, name: str) -> bool:
+        """Tell whether the base has a variance for a tensor."""
+        posterior = None if self.base is None else self.base.posterior
+        return posterior is not None and self.base_name(name) in posterior.entries
+
     def trusts(self, name: str) -> bool:
         """Tell whether the rule weighs a tensor by posteriors."""
         return self.method in NEEDS_POSTERIOR and name not in self.kept and self.has_posterior(name)

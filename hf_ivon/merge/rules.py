@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +19,8 @@ from hf_ivon.merge.hessians import base_hessian, hessian, variances_of
 from hf_ivon.merge.plan import Plan
 from hf_ivon.merge.report import TensorStatistics
 
-_READ = 2**22  # weights of each model that are read at a time
-_COMPUTE = (
-    2**18
-)  # weights of each model that are computed with at a time, so that intermediate results stay in the cache
+_BLOCK = 2**22  # weights that a thread merges at a time
+_COMPUTE = 2**17  # weights of each model that are computed with at a time, so that all of them stay in the cache
 _WORKERS = 8  # threads; each holds a block of all models
 _REPORT = 8  # one of so many pieces is looked at for the report
 _SHOWS_NAN = ("average", "task-arithmetic", "gaussian", "fisher")  # NaN of one model is NaN in the result
@@ -33,21 +31,22 @@ class MergedRows:
     """Rows of a merged tensor.
 
     Attributes:
-        values: The rows, in fp32 (fp64 stays), or in their own dtype where they were only copied.
-        precision: Their precision, 1/param², where the rule yields one.
+        values: The rows.
+        variance: Their posterior variance, fp32, param², where the rule yields one.
     """
 
     values: Tensor
-    precision: Tensor | None = None
+    variance: Tensor | None = None
 
 
-def merged_blocks(plan: Plan) -> Iterator[tuple[str, MergedRows, TensorStatistics]]:
+def merged_blocks(plan: Plan, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, MergedRows, TensorStatistics]]:
     """Yield every tensor of a merge, rows by rows in the order of the plan's layout.
 
     Blocks are computed side by side, one thread each, a few ahead of the one that is yielded.
 
     Args:
         plan: What is merged, and how.
+        dtypes: What each tensor is wanted in; rules compute in fp32, or wider.
 
     Yields:
         Name, rows, and what each model contributed to them.
@@ -63,8 +62,9 @@ def merged_blocks(plan: Plan) -> Iterator[tuple[str, MergedRows, TensorStatistic
             for name, entry in plan.layout.items():
                 trims = plan.method == "ties" and name not in plan.kept and entry.dtype.is_floating_point
                 thresholds = pool.submit(_thresholds, plan, name).result() if trims else []
-                for start, stop in row_blocks(entry.shape, _READ):
-                    pending.append((name, pool.submit(_merge_block, plan, name, start, stop, thresholds)))
+                for start, stop in row_blocks(entry.shape, _BLOCK):
+                    future = pool.submit(_merge_block, plan, name, start, stop, dtypes[name], thresholds)
+                    pending.append((name, future))
                     if len(pending) > workers:
                         first, future = pending.popleft()
                         yield (first, *future.result())
@@ -77,51 +77,50 @@ def merged_blocks(plan: Plan) -> Iterator[tuple[str, MergedRows, TensorStatistic
 
 
 def _merge_block(
-    plan: Plan, name: str, start: int, stop: int, thresholds: list[float]
+    plan: Plan, name: str, start: int, stop: int, dtype: torch.dtype, thresholds: list[float]
 ) -> tuple[MergedRows, TensorStatistics]:
     statistics = TensorStatistics(len(plan.models))
     if name in plan.kept:
-        return MergedRows(plan.kept[name].tensors.rows(name, start, stop)), statistics
+        return MergedRows(plan.kept[name].tensors.rows(name, start, stop).to(dtype)), statistics
+    entry = plan.models[0].tensors.entries[name]
+    if not entry.dtype.is_floating_point:
+        return MergedRows(_equal(name, [m.tensors.rows(name, start, stop) for m in plan.models])), statistics
+    shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
+    values = torch.empty(shape, dtype=dtype)
+    variance = torch.empty(shape) if plan.method == "gaussian" and plan.trusts(name) else None
+    for i, (first, last) in enumerate(row_blocks(shape, _COMPUTE)):
+        looks = statistics if i % _REPORT == 0 else None
+        merged, precision = _merge_rows(plan, name, start + first, start + last, thresholds, looks)
+        (values[first:last] if shape else values).copy_(merged)
+        if variance is not None and precision is not None:
+            (variance[first:last] if shape else variance).copy_(precision.reciprocal_())
+    return MergedRows(values, variance), statistics
+
+
+def _merge_rows(
+    plan: Plan, name: str, start: int, stop: int, thresholds: list[float], statistics: TensorStatistics | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return merged rows and their precision; so few that intermediate results stay in the cache."""
     parts = [m.tensors.rows(name, start, stop) for m in plan.models]
-    if not parts[0].is_floating_point():
-        return MergedRows(_equal(name, parts)), statistics
     wide = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
-    base = plan.base.tensors.rows(plan.base_name(name), start, stop) if plan.base else None
-    variances = [variances_of(m, name, start, stop) for m in plan.models] if plan.trusts(name) else []
-    base_variance = _base_variance(plan, name, start, stop)
-    values = torch.empty(parts[0].shape, dtype=wide)
-    precision = torch.empty_like(values) if variances and plan.method == "gaussian" else None
-    width = values.numel() // max(1, stop - start)
-    for i in range(0, max(1, values.numel()), _COMPUTE):
-
-        def flat(tensor: Tensor, i: int = i) -> Tensor:
-            piece = tensor.reshape(-1)[i : i + _COMPUTE]
-            return piece.to(wide, copy=True)
-
-        models = [flat(p) for p in parts]
-        if plan.method not in _SHOWS_NAN:
-            _check_finite(plan, name, models)
-        trust = [flat(v).reciprocal_() for v in variances]
-        if trust and plan.method != "gaussian":
+    models = [p.to(wide) for p in parts]
+    if plan.method not in _SHOWS_NAN:
+        _check_finite(plan, name, models)
+    trust: list[Tensor] = []
+    if plan.trusts(name):
+        trust = [variances_of(m, name, start, stop).to(wide).reciprocal_() for m in plan.models]
+        if plan.method != "gaussian":
             trust = [hessian(m.config, name, t) for m, t in zip(plan.models, trust, strict=True)]
-        merged, narrow = _apply(
-            plan,
-            name,
-            models,
-            None if base is None else flat(base),
-            trust,
-            None if base_variance is None else flat(base_variance).reciprocal_(),
-            thresholds,
-            start * width + i,
-        )
-        if not torch.isfinite(merged.sum()):
-            _check_finite(plan, name, models)
-        values.view(-1)[i : i + _COMPUTE] = merged
-        if precision is not None and narrow is not None:
-            precision.view(-1)[i : i + _COMPUTE] = narrow
-        if i // _COMPUTE % _REPORT == 0:
-            statistics.add(merged, models, trust, plan.weights)
-    return MergedRows(values, precision), statistics
+    base = plan.base.tensors.rows(plan.base_name(name), start, stop).to(wide) if plan.base else None
+    base_variance = _base_variance(plan, name, start, stop)
+    prior = None if base_variance is None else base_variance.to(wide).reciprocal_()
+    position = start * (parts[0].numel() // max(1, stop - start))
+    merged, precision = _apply(plan, name, models, base, trust, prior, thresholds, position)
+    if not torch.isfinite(merged.sum()):
+        _check_finite(plan, name, models)
+    if statistics is not None:
+        statistics.add(merged, models, trust, plan.weights)
+    return merged, precision
 
 
 def _check_finite(plan: Plan, name: str, models: list[Tensor]) -> None:
@@ -140,7 +139,7 @@ def _apply(
     thresholds: list[float],
     position: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return merged weights and their precision; tensors are flat, `trust` is Hessians or (gaussian) precisions."""
+    """Return merged weights and their precision; `trust` is Hessians or (gaussian) precisions."""
     weights, method = plan.weights, plan.method
     if method == "gaussian" and trust:
         return methods.gaussian(models, trust, weights)
@@ -165,11 +164,9 @@ def _equal(name: str, parts: list[Tensor]) -> Tensor:
 
 
 def _base_variance(plan: Plan, name: str, start: int, stop: int) -> Tensor | None:
-    base = plan.base
-    known = plan.method == "uncertainty" and base is not None and base.posterior is not None
-    if not known or base is None or plan.base_name(name) not in (base.posterior or {}):
+    if plan.method != "uncertainty" or plan.base is None or not plan.base_knows(name):
         return None
-    return variances_of(base, plan.base_name(name), start, stop)
+    return variances_of(plan.base, plan.base_name(name), start, stop)
 
 
 def _thresholds(plan: Plan, name: str) -> list[float]:
@@ -178,7 +175,7 @@ def _thresholds(plan: Plan, name: str) -> list[float]:
     entry, base = plan.layout[name], plan.base
 
     def differences(model: Checkpoint) -> Iterator[Tensor]:
-        for start, stop in row_blocks(entry.shape, _READ):
+        for start, stop in row_blocks(entry.shape, _BLOCK):
             own = model.tensors.rows(name, start, stop).float()
             yield own - base.tensors.rows(plan.base_name(name), start, stop).float()
 
