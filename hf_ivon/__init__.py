@@ -20,6 +20,8 @@ _HOME = {
     "Posterior": "posterior",
     "PosteriorConfig": "posterior_config",
     "PosteriorFormatError": "checkpoint",
+    "Sensitivity": "sensitivity",
+    "estimate_sensitivity": "sensitivity",
     "load_posterior": "checkpoint",
     "minimum_bayes_risk": "generation",
     "pipeline": "pipelines",
@@ -39,7 +41,9 @@ __all__ = [
     "Posterior",
     "PosteriorConfig",
     "PosteriorFormatError",
+    "Sensitivity",
     "__version__",
+    "estimate_sensitivity",
     "load_posterior",
     "merge",
     "minimum_bayes_risk",
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     from hf_ivon.posterior import Posterior
     from hf_ivon.posterior_config import PosteriorConfig
     from hf_ivon.predict import posterior_perplexity, posterior_predict
+    from hf_ivon.sensitivity import Sensitivity, estimate_sensitivity
     from hf_ivon.training.arguments import IVONTrainingArguments
     from hf_ivon.training.trainer import IVONTrainer, IVONTrainerMixin
 

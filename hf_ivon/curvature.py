@@ -66,7 +66,7 @@ def estimate_posterior(
     totals = _Totals(params)
     examples, units, of_tokens = 0, 0, False
     with evaluation_mode(model), torch.enable_grad():
-        for inputs, labels in _examples(data, next(iter(params.values())).device):
+        for inputs, labels in single_examples(data, next(iter(params.values())).device):
             logits = logits_of(unwrap(model), inputs)
             weighted, counted, of_tokens = _losses(logits, labels, estimator, generator)
             totals.add(weighted)
@@ -137,10 +137,18 @@ class _Totals:
         return {name: self._earlier[name] + recent for name, recent in self._recent.items()}
 
 
-def _examples(
+def single_examples(
     data: Iterable[Mapping[str, Any]], device: torch.device
 ) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
-    """Yield examples as batches of one, without what pads them."""
+    """Yield examples as batches of one, without what pads them.
+
+    Args:
+        data: Batches, each a mapping of the model's arguments.
+        device: Where they go.
+
+    Yields:
+        The model's arguments for one example, and its labels if there are some.
+    """
     for batch in data:
         tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
         labels = tensors.pop("labels", None)

@@ -178,6 +178,7 @@ def load_batches(
     batch_size: int = 32,
     max_examples: int | None = None,
     seed: int = 0,
+    with_rows: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Return examples as batches for a model, examples of similar length together.
 
@@ -190,6 +191,7 @@ def load_batches(
         batch_size: Examples in a batch.
         max_examples: Take a random choice of so many; None takes all.
         seed: Of the choice.
+        with_rows: Also say in each batch, as `row`, which rows of the data it has, counted from 0.
 
     Returns:
         Batches of padded tensors, with `labels` where the file has a column `label`; of a language model, the tokens.
@@ -202,18 +204,22 @@ def load_batches(
     is_file = isinstance(data, (str, os.PathLike))
     where = repr(str(data)) if is_file else "the given rows"
     rows = load_rows(data, text_columns) if is_file else check_rows(data, text_columns, where)
-    columns = list(text_columns) or [c for c in rows.column_names if c not in _LABELS and isinstance(rows[0][c], str)]
+    columns = text_columns_of(rows, text_columns)
     if not 1 <= len(columns) <= 2 or not all(isinstance(rows[0][c], str) for c in columns):
         raise ValueError(
             f"One or two columns of {where} must be read as text, got {columns or 'none'} of "
             f"{', '.join(rows.column_names)}. Name them by --text-columns."
         )
+    numbers = list(range(len(rows)))
     if max_examples is not None and max_examples < len(rows):
-        rows = rows.shuffle(seed=seed).select(range(max_examples))
+        chosen = rows.add_column("hf_ivon_row", numbers).shuffle(seed=seed).select(range(max_examples))
+        rows, numbers = chosen.remove_columns("hf_ivon_row"), list(chosen["hf_ivon_row"])
     label = next((c for c in _LABELS if c in rows.column_names), None)
     is_lm = is_language_model(model)
     inputs = tokenizer(*(list(rows[c]) for c in columns), truncation=True, max_length=max_length)
     examples = [{k: v[i] for k, v in inputs.items()} for i in range(len(rows))]
+    if with_rows:
+        examples = [{**e, "row": number} for e, number in zip(examples, numbers, strict=True)]
     if is_lm:
         examples = [e for e in examples if len(e["input_ids"]) > 1]
     elif label is not None:
@@ -225,6 +231,11 @@ def load_batches(
         if is_lm:
             batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
     return batches
+
+
+def text_columns_of(rows: Any, given: Sequence[str] = ()) -> list[str]:
+    """Return the columns that are given, or all that hold text, except the label."""
+    return list(given) or [c for c in rows.column_names if c not in _LABELS and isinstance(rows[0][c], str)]
 
 
 def evaluate(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:

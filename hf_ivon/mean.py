@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,3 +97,19 @@ def mean_digest(mean: Mapping[str, Tensor], names: Iterable[str] | None = None) 
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def write_back(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write saved values into parameters; an interrupt in between is raised after all of them are in place."""
+    try:
+        _write(saved)
+    except BaseException:  # writing twice is harmless, half is not
+        _write(saved)
+        raise
+    torch.clear_autocast_cache()
+
+
+def _write(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for p, mean in reversed(saved):  # of two parameters on one storage, the first was saved before any write
+            p.copy_(mean)

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hf_ivon.mean import posterior_keys
-from hf_ivon.posterior import Posterior, write_back
+from hf_ivon.mean import posterior_keys, write_back
+from hf_ivon.posterior import Posterior
 from hf_ivon.tensor_files import TensorFiles, headers
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ivon import distributed, functional
-from hf_ivon.mean import match_problems, mean_digest, posterior_keys
+from hf_ivon.mean import match_problems, mean_digest, posterior_keys, write_back
 from hf_ivon.parts import config_of_part, converted, names_below
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
 from hf_ivon.tensor_files import TensorFiles, headers
@@ -162,7 +162,7 @@ class Posterior:
         Raises:
             ValueError: If a tensor is missing or has another shape, or `ess_scale` is not positive; before any draw.
         """
-        self._check(mean, ess_scale)
+        self.check_mean(mean, ess_scale)
         return self._draw(mean, generator, ess_scale)
 
     @contextmanager
@@ -184,7 +184,7 @@ class Posterior:
                 positive.
         """
         params = posterior_keys(model)
-        self._check(params, ess_scale)
+        self.check_mean(params, ess_scale)
         saved: list[tuple[Tensor, Tensor]] = []
         try:
             with torch.no_grad():
@@ -211,8 +211,8 @@ class Posterior:
         Raises:
             ValueError: If a tensor is missing or has another shape, or `ess_scale` is not positive.
         """
-        self._check(mean, ess_scale)
-        self._check(weights, ess_scale)
+        self.check_mean(mean, ess_scale)
+        self.check_mean(weights, ess_scale)
         total = 0.0
         with torch.no_grad():
             for name in self.names():
@@ -221,7 +221,16 @@ class Posterior:
                 total += float((distance.square() / variance + variance.log()).sum()) + variance.numel() * _LOG_2PI
         return -0.5 * total
 
-    def _check(self, mean: Mapping[str, Tensor], ess_scale: float) -> None:
+    def check_mean(self, mean: Mapping[str, Tensor], ess_scale: float = 1.0) -> None:
+        """Make sure that the posterior belongs to a mean, by names and shapes.
+
+        Args:
+            mean: Tensors by name; more than the posterior has is fine.
+            ess_scale: Factor on the precision, which must be positive.
+
+        Raises:
+            ValueError: If a tensor is missing, sharded or of another shape, or `ess_scale` is not positive.
+        """
         if not ess_scale > 0:
             raise ValueError(f"`ess_scale` must be positive, got {ess_scale!r}. 1 is the posterior as it was learnt.")
         present = headers(mean)
@@ -377,19 +386,3 @@ def perturbed(mean: Tensor, variance: Tensor, generator: torch.Generator | None,
 def one_or_all(values: dict[str, float]) -> float | dict[str, float]:
     """Return the value that all names have, or, where they differ, all of them."""
     return next(iter(values.values())) if len(set(values.values())) == 1 else values
-
-
-def write_back(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Write saved values into parameters; an interrupt in between is raised after all of them are in place."""
-    try:
-        _write(saved)
-    except BaseException:  # writing twice is harmless, half is not
-        _write(saved)
-        raise
-    torch.clear_autocast_cache()
-
-
-def _write(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for p, mean in reversed(saved):  # of two parameters on one storage, the first was saved before any write
-            p.copy_(mean)

@@ -68,6 +68,11 @@ class PosteriorConfig:
             raise ValueError("; ".join(problems))
         return cls(**{**values, "betas": tuple(values["betas"])})
 
+    @property
+    def loss_size(self) -> int | None:
+        """What the training loss averaged over: label tokens, or else examples; None if neither is known."""
+        return self.num_examples if self.num_tokens is None else self.num_tokens
+
     def of(self, name: str, key: str) -> float:
         """Return `ess`, `weight_decay` or `hess_init` of one tensor."""
         value = getattr(self, name)

@@ -21,6 +21,7 @@ LIGHT = [
     "data",
     "hub",
     "replicas",
+    "sensitivity",
 ]
 
 

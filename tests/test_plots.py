@@ -14,6 +14,7 @@ from hf_ivon.plots import (
     metric_by_samples,
     posterior_curves,
     reliability_diagram,
+    sensitivity_histogram,
     sigma_per_layer,
     trade_offs,
     training_curves,
@@ -275,3 +276,16 @@ def test_a_run_without_a_posterior_has_no_bands(tmp_path):
         ValueError, match="`log_history` must hold records with the training loss and IVON's statistics"
     ):
         posterior_curves([{"step": 1, "loss": 2.0}], tmp_path / "run.png")
+
+
+def test_sensitivities_lie_in_bins_of_equal_ratio(tmp_path, figures):
+    """On a linear scale all but a few examples are in one bin; those of no sensitivity belong to the first."""
+    scores = torch.tensor([0.0, 1e-5, 0.011, 0.02, 5.0, 10.0])
+    sensitivity_histogram({"examples": scores}, tmp_path / "s.png", num_bins=6)
+    counts, edges, _ = figures[0].axes[0].patches[0].get_data()
+    assert counts.tolist() == [2, 0, 0, 2, 0, 2]
+    assert edges == pytest.approx([10.0**k for k in range(-5, 2)], rel=1e-6)
+    sensitivity_histogram({"examples": torch.zeros(3)}, tmp_path / "none.png")
+    for wrong in ({}, {"a": torch.zeros(0)}, {"a": torch.tensor([-1.0])}, {"a": torch.tensor([float("nan")])}):
+        with pytest.raises(ValueError, match="`scores` must"):
+            sensitivity_histogram(wrong, tmp_path / "s.png")

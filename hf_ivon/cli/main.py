@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_ivon.cli import convert, curvature, evaluate, merge, push
+from hf_ivon.cli import convert, curvature, evaluate, merge, push, sensitivity
 from hf_ivon.cli.run import CONTEXT, run
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ app.command(context_settings=CONTEXT)(run)
 app.command()(merge.merge)
 app.command()(curvature.curvature)
 app.command()(evaluate.evaluate)
+app.command()(sensitivity.sensitivity)
 app.command()(convert.convert)
 app.command()(push.push)
 

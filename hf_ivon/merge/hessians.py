@@ -38,8 +38,7 @@ def hessian(config: PosteriorConfig | None, name: str, precision: Tensor) -> Ten
 
 def size_of(config: PosteriorConfig, name: str) -> float:
     """Return what the training loss averaged over: label tokens, or examples; `ess` where neither is known."""
-    size = config.num_tokens if config.num_tokens is not None else config.num_examples
-    return float(config.of("ess", name) if size is None else size)
+    return float(config.of("ess", name) if config.loss_size is None else config.loss_size)
 
 
 def base_hessian(plan: Plan, name: str, precision: Tensor | None) -> Tensor:

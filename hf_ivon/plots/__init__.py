@@ -4,7 +4,13 @@ Every figure has an opaque white ground, so that it also reads on a dark screen,
 and markers as well as by colours that colour-blind readers can tell apart.
 """
 
-from hf_ivon.plots.predictions import entropy_histograms, metric_by_samples, reliability_diagram, trade_offs
+from hf_ivon.plots.predictions import (
+    entropy_histograms,
+    metric_by_samples,
+    reliability_diagram,
+    sensitivity_histogram,
+    trade_offs,
+)
 from hf_ivon.plots.training import posterior_curves, sigma_per_layer, training_curves
 
 __all__ = [
@@ -12,6 +18,7 @@ __all__ = [
     "metric_by_samples",
     "posterior_curves",
     "reliability_diagram",
+    "sensitivity_histogram",
     "sigma_per_layer",
     "trade_offs",
     "training_curves",

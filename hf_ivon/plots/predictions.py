@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,6 +103,43 @@ def entropy_histograms(
         axes.stairs(shares.tolist(), edges, color=colour, alpha=0.15, fill=True)
     axes.set_xlabel("Predictive entropy (nats)")
     axes.set_ylabel("Share of examples")
+    return finish(figure, axes, path, title)
+
+
+def sensitivity_histogram(
+    scores: Mapping[str, Tensor], path: str | PathLike[str], *, num_bins: int = 40, title: str | None = None
+) -> Path:
+    """Draw how sensitivities to examples are spread: most are small, and a few stand out, as in Figure 6 of the paper.
+
+    Args:
+        scores: Name of the examples to their sensitivities, (N,), at least 0.
+        path: Where to; the ending says the format.
+        num_bins: Bins over the whole range, equal on the logarithmic scale.
+        title: Heading; None is none.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If there is nothing to draw, or a value is negative or not finite.
+    """
+    if not scores or not all(len(values) for values in scores.values()):
+        raise ValueError("`scores` must hold values for every name, got none. Estimate sensitivities first.")
+    for name, values in scores.items():
+        if not values.isfinite().all() or values.min() < 0:
+            raise ValueError(f"`scores` must be finite and at least 0, got others for {name!r}. Check the model.")
+    highest = max(1e-30, *(float(values.max()) for values in scores.values()))
+    lowest = max(highest * 1e-6, min(float(values.min()) for values in scores.values()))
+    low, high = math.log10(lowest), math.log10(highest) + 1e-9
+    figure, (axes,) = new_figure(width=6.0, height=3.8)
+    edges = [10 ** (low + (high - low) * k / num_bins) for k in range(num_bins + 1)]
+    for (name, values), (colour, dashes, _) in zip(scores.items(), itertools.cycle(STYLES), strict=False):
+        counts = values.double().cpu().clamp_min(lowest).log10_().histc(num_bins, low, high)
+        axes.stairs(counts.tolist(), edges, color=colour, linestyle=dashes, linewidth=1.8, label=name)
+        axes.stairs(counts.tolist(), edges, color=colour, alpha=0.15, fill=True)
+    axes.set_xscale("log")
+    axes.set_xlabel("Sensitivity (change of the outputs if the example is left out)")
+    axes.set_ylabel("Examples")
     return finish(figure, axes, path, title)
 
 
