@@ -128,7 +128,7 @@ class TensorFiles(Mapping[str, Tensor]):
         if not entry.shape:
             return self[name]
         # Read and not mapped: mapping a few rows at a time costs more than copying them.
-        rows = torch.empty(min(stop, entry.shape[0]) - start, *entry.shape[1:], dtype=entry.dtype)
+        rows = torch.empty(max(0, min(stop, entry.shape[0]) - start), *entry.shape[1:], dtype=entry.dtype)
         if not rows.numel():
             return rows
         row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize

@@ -3,17 +3,21 @@
 import json
 import math
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import BertForSequenceClassification
 
 from hf_ivon import load_posterior
 from hf_ivon.cli.merge import _keep_sweep
 from hf_ivon.data import evaluate, load_batches, load_checkpoint
-from hf_ivon.merge import engine, files, load_head, merge
+from hf_ivon.merge import engine, files, load_head, merge, report
 from hf_ivon.merge.plan import make_plan
 from hf_ivon.merge.sweep import grid, pareto, sweep
+from hf_ivon.tensor_files import TensorFiles
 from tests import tiny
 from tests.classifiers import classifiers, invoke
 from tests.test_merge import SIZES, models, save, tensors
@@ -196,3 +200,91 @@ def test_a_broken_file_of_a_model_is_named(models):
     with pytest.raises(ValueError, match=r"model .*adapter cannot be used: adapter_config.json is not readable JSON"):
         checkpoint.json("adapter_config.json")
     assert checkpoint.json("config.json") == {}
+
+
+LAYOUT = {
+    "wide": (torch.bfloat16, (40, 3)),
+    "none": (torch.float32, (0, 2)),
+    "scalar": (torch.int64, ()),
+    "long": (torch.float32, (500,)),
+}
+
+
+def values_of(layout):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).mul(9).to(dtype) for name, (dtype, shape) in layout.items()}
+
+
+@pytest.mark.parametrize("max_shard_size", [2**40, 300])
+def test_rows_are_written_in_any_order_from_any_thread(tmp_path, max_shard_size):
+    """Threads write what they have merged when they have it; each row must be where a reader looks for it."""
+    values = values_of(LAYOUT)
+    pieces = [(name, i, min(i + 7, len(t))) for name, t in values.items() if t.ndim for i in range(0, len(t), 7)]
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(1)).tolist()
+    with files.Writer(tmp_path, "model", LAYOUT, {"format": "pt"}, max_shard_size) as writer:
+        writer.write("scalar", values["scalar"])
+        with ThreadPoolExecutor(4) as pool:
+            done = [pool.submit(writer.write, n, values[n][a:b], a) for n, a, b in (pieces[i] for i in order)]
+        assert all(future.result() is None for future in done)
+    problems = []
+    found = TensorFiles(tmp_path, "model", problems)
+    assert problems == []
+    assert (len(found.files) > 1) == (max_shard_size == 300)
+    for name, expected in values.items():
+        assert found[name].dtype == expected.dtype
+        assert torch.equal(found[name], expected)
+        for a, b in [(3, 5), (38, 60), (0, 1)] if expected.ndim else [(0, 1)]:
+            assert torch.equal(found.rows(name, a, b), expected[a:b] if expected.ndim else expected)
+
+
+def test_a_file_that_is_not_complete_is_an_error(tmp_path):
+    """A merge with zeros in place of rows would look like a model."""
+    values = values_of(LAYOUT)
+    writer = files.Writer(tmp_path, "model", LAYOUT, {"format": "pt"}, 2**40)
+    with pytest.raises(RuntimeError, match="Not everything was written into model.safetensors"), writer:
+        writer.write("wide", values["wide"][:39])
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(KeyboardInterrupt), files.Writer(tmp_path, "model", LAYOUT, {}, 2**40) as writer:
+        writer.write("wide", values["wide"])
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="closed file"):
+        writer.write("scalar", values["scalar"])
+
+
+def test_a_file_that_ends_while_it_is_read_is_an_error(tmp_path):
+    """A download that goes on, or a full disk elsewhere, must not become weights of zero."""
+    save_file({"a": torch.ones(100)}, tmp_path / "model.safetensors")
+    found = TensorFiles(tmp_path, "model", [])
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(300)
+    with pytest.raises(OSError, match="ended while `a` was read"):
+        found.rows("a", 0, 100)
+
+
+def test_a_merge_that_fails_closes_its_threads_first(models, monkeypatch):
+    """A thread that still writes when the files are closed may write into another file that was opened since."""
+    directory, names, _ = models
+    events = []
+    original, close = files.Writer.write, files.Writer.__exit__
+
+    def write(self, name, rows, start=0):
+        time.sleep(0.01)
+        original(self, name, rows, start)
+        events.append("written")
+
+    def stop(self, kind, error, trace):
+        events.append("closed")
+        return close(self, kind, error, trace)
+
+    def fail(self, other):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.Writer, "write", write)
+    monkeypatch.setattr(files.Writer, "__exit__", stop)
+    monkeypatch.setattr(report.TensorStatistics, "absorb", fail)
+    with pytest.raises(KeyboardInterrupt):
+        merge(names, directory / "out", method="average")
+    time.sleep(0.1)
+    assert "written" in events
+    assert events.index("closed") > max(i for i, event in enumerate(events) if event == "written")
+    assert not list(directory.glob(".out*"))

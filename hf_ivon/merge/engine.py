@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from hf_ivon.merge.files import Checkpoint, Writer, replace_in_header
 from hf_ivon.merge.heads import write_heads
 from hf_ivon.merge.hessians import limit_prior, limited_prior, number_for_base, start_trust
 from hf_ivon.merge.plan import NEEDS_POSTERIOR, Plan, make_plan
-from hf_ivon.merge.rules import merged_blocks
+from hf_ivon.merge.rules import merge_tensors
 from hf_ivon.merge.vocabulary import write_tokenizer
 from hf_ivon.posterior_config import library_versions
 from hf_ivon.tensor_files import Entry, TensorFiles
@@ -183,10 +184,15 @@ def merged_state_dict(plan: Plan) -> dict[str, Tensor]:
         Tensors by name, in the dtypes of the first model.
     """
     plan = limit_prior(plan)
-    rows: dict[str, list[Tensor]] = {name: [] for name in plan.layout}
-    for name, part, _ in merged_blocks(plan, {name: entry.dtype for name, entry in plan.layout.items()}):
-        rows[name].append(part.values)
-    return {name: torch.cat(parts) if plan.layout[name].shape else parts[0] for name, parts in rows.items()}
+    merged = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in plan.layout.items()}
+
+    def keep(name: str, rows: Tensor, start: int, variance: Tensor | None) -> None:
+        place = merged[name]
+        (place[start : start + len(rows)] if rows.ndim else place).copy_(rows)
+
+    for _ in merge_tensors(plan, {name: tensor.dtype for name, tensor in merged.items()}, keep):
+        pass
+    return merged
 
 
 def _pair_problems(plan: Plan) -> list[str]:
@@ -235,14 +241,20 @@ def _write(
         Writer(work, "posterior", variances, {"format": "pt", "mean_digest": PLACEHOLDER}, size) as posterior_file,
         tqdm(total=sum(e.numel for e in plan.layout.values()), desc="Merging", unit="weight", unit_scale=True) as bar,
     ):
-        for name, rows, found in merged_blocks(plan, {name: wanted for name, (wanted, _) in layout.items()}):
-            if pairs.done():
-                _raise_problems(pairs.result())
-            mean_file.write(name, rows.values)
-            if rows.variance is not None:
-                posterior_file.write(name, rows.variance)
-            statistics[name].absorb(found)
-            bar.update(rows.values.numel())
+
+        def write(name: str, rows: Tensor, start: int, variance: Tensor | None) -> None:
+            mean_file.write(name, rows, start)
+            if variance is not None:
+                posterior_file.write(name, variance, start)
+
+        dtypes = {name: wanted for name, (wanted, _) in layout.items()}
+        # Closed before the files are: no thread may write into one that is.
+        with closing(merge_tensors(plan, dtypes, write)) as blocks:
+            for name, count, found in blocks:
+                if pairs.done():
+                    _raise_problems(pairs.result())
+                statistics[name].absorb(found)
+                bar.update(count)
     if variances:
         _complete_posterior(plan, work, with_posterior, stem, posterior_file.files)
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,12 +106,12 @@ class Checkpoint:
 
 
 class Writer:
-    """Writes safetensors files tensor by tensor; what is written is on the disk and not in memory.
+    """Writes safetensors files rows by rows, from any threads; what is written is on its way to the disk.
 
     Args:
         directory: Where to.
         stem: "model", "adapter_model" or "posterior".
-        layout: Dtype and shape by name; tensors must be written in this order.
+        layout: Dtype and shape by name.
         metadata: Strings for the files' headers.
         max_shard_size: Largest file, in bytes or like "5GB"; more go into shards with an index.
 
@@ -126,54 +127,30 @@ class Writer:
         metadata: Mapping[str, str],
         max_shard_size: int | str,
     ) -> None:
-        self._layout, self._metadata = layout, dict(metadata)
         split = split_state_dict_into_shards_factory(
             dict(layout),
             get_storage_size=_num_bytes,
             filename_pattern=f"{stem}{{suffix}}.safetensors",
             max_shard_size=max_shard_size,
         )
-        self._file_of = split.tensor_to_filename
-        self._names = split.filename_to_tensors
-        self.files = [directory / name for name in self._names] if layout else []
-        self._file: BinaryIO | None = None
-        self._expected = 0
+        shards = split.filename_to_tensors if layout else {}
+        self._shards = [_Shard(directory / f, {n: layout[n] for n in names}, metadata) for f, names in shards.items()]
+        self._shard_of = {name: shard for shard in self._shards for name in shard.places}
+        self.files = [shard.path for shard in self._shards]
         if split.is_sharded:
-            index = {"metadata": {**split.metadata, **self._metadata}, "weight_map": split.tensor_to_filename}
+            index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
             path = directory / f"{stem}.safetensors.index.json"
             write_json(path, index)
 
-    def write(self, name: str, rows: Tensor) -> None:
-        """Append rows of a tensor."""
-        path = next(p for p in self.files if p.name == self._file_of[name])
-        if self._file is None or self._file.name != str(path):
-            self._finish()
-            self._begin(path)
-        assert self._file is not None
-        self._file.write(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    def write(self, name: str, rows: Tensor, start: int = 0) -> None:
+        """Write rows of a tensor.
 
-    def _begin(self, path: Path) -> None:
-        header: dict[str, Any] = {"__metadata__": self._metadata}
-        end = 0
-        for name in self._names[path.name]:
-            dtype, shape = self._layout[name]
-            start, end = end, end + _num_bytes((dtype, shape))
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._expected = 8 + len(text) + end
-        self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
-
-    def _finish(self) -> None:
-        if self._file is None:
-            return
-        with self._file as file:
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        if size != self._expected:
-            raise RuntimeError(f"The file has {size} bytes and should have {self._expected}. Please report this.")
+        Args:
+            name: The tensor.
+            rows: Some of its rows, in its dtype; each row must be written once.
+            start: Which row they begin with.
+        """
+        self._shard_of[name].write(name, rows, start)
 
     def __enter__(self) -> Writer:
         """Open."""
@@ -183,10 +160,68 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close; a file that is not complete is an error."""
-        if kind is None:
-            self._finish()
-        elif self._file is not None:
-            self._file.close()
+        for shard in self._shards:
+            shard.close()
+        if kind is None and (wrong := [shard.path.name for shard in self._shards if shard.missing]):
+            raise RuntimeError(f"Not everything was written into {', '.join(wrong)}. Please report this.")
+
+
+class _Shard:
+    """One file of a `Writer`: opened at its first row, closed when the last one is in it.
+
+    Args:
+        path: The file.
+        layout: Dtype and shape of its tensors, in order.
+        metadata: Strings for its header.
+
+    Attributes:
+        places: Where each tensor begins, and how long its rows are, bytes.
+        missing: How many bytes are not written yet.
+    """
+
+    def __init__(
+        self, path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+    ) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        ends = [0]
+        for name, (dtype, shape) in layout.items():
+            ends.append(ends[-1] + _num_bytes((dtype, shape)))
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": ends[-2:]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = struct.pack("<Q", len(text)) + text
+        starts = [len(self._header) + end for end in ends]
+        self.places = {
+            name: (start, _num_bytes((dtype, shape[1:])))
+            for start, (name, (dtype, shape)) in zip(starts, layout.items(), strict=False)
+        }
+        self.path, self.missing = path, ends[-1]
+        self._file: BinaryIO | None = None
+        self._lock = threading.Lock()
+        if not self.missing:
+            path.write_bytes(self._header)
+
+    def write(self, name: str, rows: Tensor, start: int) -> None:
+        """Write rows of a tensor, from row `start` on."""
+        data = rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        offset, row_bytes = self.places[name]
+        with self._lock:
+            if self._file is None:
+                self._file = self.path.open("xb")
+                self._file.write(self._header)
+            self._file.seek(offset + start * row_bytes)
+            self._file.write(data)
+            self.missing -= len(data)
+            if not self.missing:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+
+    def close(self) -> None:
+        """Close the file, complete or not."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
 
 
 def _num_bytes(described: tuple[torch.dtype, tuple[int, ...]]) -> int:

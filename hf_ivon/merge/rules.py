@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,30 +27,25 @@ _REPORT = 8  # one of so many pieces is looked at for the report
 _SHOWS_NAN = ("average", "task-arithmetic", "gaussian", "fisher")  # NaN of one model is NaN in the result
 
 
-@dataclass
-class MergedRows:
-    """Rows of a merged tensor.
+class Sink(Protocol):
+    """Takes merged rows, in any order, from any threads."""
 
-    Attributes:
-        values: The rows.
-        variance: Their posterior variance, fp32, param², where the rule yields one.
-    """
-
-    values: Tensor
-    variance: Tensor | None = None
+    def __call__(self, name: str, rows: Tensor, start: int, variance: Tensor | None) -> None:
+        """Take rows of a tensor, from row `start` on, and their variance (fp32, param²) where the rule yields one."""
 
 
-def merged_blocks(plan: Plan, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, MergedRows, TensorStatistics]]:
-    """Yield every tensor of a merge, rows by rows in the order of the plan's layout.
-
-    Blocks are computed side by side, one thread each, a few ahead of the one that is yielded.
+def merge_tensors(
+    plan: Plan, dtypes: Mapping[str, torch.dtype], sink: Sink
+) -> Generator[tuple[str, int, TensorStatistics], None, None]:
+    """Merge every tensor, block by block in the order of the plan's layout, several blocks side by side.
 
     Args:
         plan: What is merged, and how.
         dtypes: What each tensor is wanted in; rules compute in fp32, or wider.
+        sink: Takes the merged rows, in the threads that made them.
 
     Yields:
-        Name, rows, and what each model contributed to them.
+        For each block that is done: the tensor's name, the number of weights, and what each model contributed.
 
     Raises:
         ValueError: If a tensor holds NaN or inf, a variance is not positive, or integers differ.
@@ -57,13 +53,13 @@ def merged_blocks(plan: Plan, dtypes: Mapping[str, torch.dtype]) -> Iterator[tup
     workers = min(_WORKERS, os.cpu_count() or 1)
     # Torch's own threads wait for each other at every operation, which is slow where cores are shared.
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        pending: deque[tuple[str, Future[tuple[MergedRows, TensorStatistics]]]] = deque()
+        pending: deque[tuple[str, Future[tuple[int, TensorStatistics]]]] = deque()
         try:
             for name, entry in plan.layout.items():
                 trims = plan.method == "ties" and name not in plan.kept and entry.dtype.is_floating_point
                 thresholds = pool.submit(_thresholds, plan, name).result() if trims else []
                 for start, stop in row_blocks(entry.shape, _BLOCK):
-                    future = pool.submit(_merge_block, plan, name, start, stop, dtypes[name], thresholds)
+                    future = pool.submit(_merge_block, plan, name, start, stop, dtypes[name], thresholds, sink)
                     pending.append((name, future))
                     if len(pending) > workers:
                         first, future = pending.popleft()
@@ -77,24 +73,24 @@ def merged_blocks(plan: Plan, dtypes: Mapping[str, torch.dtype]) -> Iterator[tup
 
 
 def _merge_block(
-    plan: Plan, name: str, start: int, stop: int, dtype: torch.dtype, thresholds: list[float]
-) -> tuple[MergedRows, TensorStatistics]:
+    plan: Plan, name: str, start: int, stop: int, dtype: torch.dtype, thresholds: list[float], sink: Sink
+) -> tuple[int, TensorStatistics]:
+    """Merge a block and give it away; return its number of weights, and what each model contributed."""
     statistics = TensorStatistics(len(plan.models))
+    entry = plan.layout[name]
+    count = (stop - start) * math.prod(entry.shape[1:])
     if name in plan.kept:
-        return MergedRows(plan.kept[name].tensors.rows(name, start, stop).to(dtype)), statistics
-    entry = plan.models[0].tensors.entries[name]
-    if not entry.dtype.is_floating_point:
-        return MergedRows(_equal(name, [m.tensors.rows(name, start, stop) for m in plan.models])), statistics
-    shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
-    values = torch.empty(shape, dtype=dtype)
-    variance = torch.empty(shape) if plan.method == "gaussian" and plan.trusts(name) else None
-    for i, (first, last) in enumerate(row_blocks(shape, _COMPUTE)):
-        looks = statistics if i % _REPORT == 0 else None
-        merged, precision = _merge_rows(plan, name, start + first, start + last, thresholds, looks)
-        (values[first:last] if shape else values).copy_(merged)
-        if variance is not None and precision is not None:
-            (variance[first:last] if shape else variance).copy_(precision.reciprocal_())
-    return MergedRows(values, variance), statistics
+        sink(name, plan.kept[name].tensors.rows(name, start, stop).to(dtype), start, None)
+    elif not entry.dtype.is_floating_point:
+        sink(name, _equal(name, [m.tensors.rows(name, start, stop) for m in plan.models]), start, None)
+    else:
+        shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
+        for i, (first, last) in enumerate(row_blocks(shape, _COMPUTE)):
+            looks = statistics if i % _REPORT == 0 else None
+            merged, precision = _merge_rows(plan, name, start + first, start + last, thresholds, looks)
+            variance = None if precision is None else precision.reciprocal_().float()
+            sink(name, merged.to(dtype), start + first, variance)
+    return count, statistics
 
 
 def _merge_rows(
