@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -121,6 +122,16 @@ class TensorFiles(Mapping[str, Tensor]):
         part = copy.copy(self)
         part.entries = {name: self.entries[name] for name in names}
         return part
+
+    def expect(self, name: str, start: int, stop: int) -> None:
+        """Let the system begin to read rows that will be asked for, piece by piece, soon."""
+        entry = self.entries[name]
+        if not entry.shape or not hasattr(os, "posix_fadvise"):
+            return
+        row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        with entry.path.open("rb", buffering=0) as file:
+            place = entry.offset + start * row_bytes, (stop - start) * row_bytes
+            os.posix_fadvise(file.fileno(), *place, os.POSIX_FADV_WILLNEED)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows of a tensor in its own dtype; a 0-dim tensor counts as one row."""

@@ -112,11 +112,13 @@ def commands(arguments: argparse.Namespace, models: list[Path]) -> dict[str, tup
     merge = [sys.executable, "-m", "hf_ivon", "merge", "--output-dir", str(out)]
     for model in models[1:]:
         merge += ["--models", str(model)]
+
+    def cp(pattern: str) -> list[str]:
+        names = [file for model in models[1:] for file in sorted(model.glob(pattern))]
+        return ["sh", "-c", " && ".join(f"cp {file} {out}/{file.parent.name}-{file.name}" for file in names)]
+
     found = {
-        "cp": (
-            ["sh", "-c", " && ".join(f"cp {m}/model.safetensors {out}/{m.name}" for m in models[1:])],
-            2 * sum(sizes[1:]),
-        ),
+        "cp": (cp("model*.safetensors"), 2 * sum(sizes[1:])),
         "average": ([*merge, "--method", "average"], sum(sizes[1:]) + sizes[0]),
         "task-arithmetic": (
             [*merge, "--method", "task-arithmetic", "--base-model", str(models[0])],
@@ -125,6 +127,7 @@ def commands(arguments: argparse.Namespace, models: list[Path]) -> dict[str, tup
     }
     if all(widths):
         uncertainty = [*merge, "--base-model", str(models[0])]
+        found["cp with posteriors"] = (cp("*.safetensors"), 2 * (sum(sizes[1:]) + sum(widths)))
         found["uncertainty"] = (uncertainty, sum(sizes) + sum(widths) + sizes[0])
     if arguments.mergekit:
         config = arguments.work_dir / "linear.yml"
@@ -156,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     for _ in range(arguments.rounds):
         for name, (command, _) in todo.items():
             shutil.rmtree(out, ignore_errors=True)
-            if name == "cp":
+            if name.startswith("cp"):
                 out.mkdir()
             os.sync()  # what another command has left to be written to the disk is not this one's to wait for
             found.setdefault(name, []).append(run(command))

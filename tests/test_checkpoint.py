@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_ivon import checkpoint
-from hf_ivon.checkpoint import PosteriorFormatError, load_posterior, posterior_files, save_posterior
+from hf_ivon.checkpoint import PosteriorFormatError, load_posterior, posterior_files, save_posterior, variance_problems
 from hf_ivon.optim import IVON
 from hf_ivon.posterior import Posterior
 from tests import tiny
@@ -403,3 +403,21 @@ def test_version_1_files_load_for_ever():
     assert posterior.names() == ["0.bias", "0.weight", "2.bias", "2.weight"]
     assert posterior.config.format_version == 1
     assert (posterior.config.ess, posterior.config.num_examples, posterior.config.steps) == (100.0, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ([1e-30, 3e38], None),
+        ([], None),
+        ([1.0, 0.0], "not positive"),
+        ([1.0, -1.0], "not positive"),
+        ([1.0, float("inf")], "NaN or inf"),
+        ([float("nan"), 1.0], "NaN or inf"),
+        ([-1.0, float("nan"), 1.0], "NaN or inf"),
+    ],
+)
+def test_variances_are_checked_in_one_look(values, problem):
+    """A merge checks every piece of every posterior: a cheap look must find what a thorough one would."""
+    found = variance_problems("a", torch.tensor(values))
+    assert found == [] if problem is None else problem in found[0]

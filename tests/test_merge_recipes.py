@@ -70,7 +70,7 @@ def test_benchmark_measures_every_command(tmp_path, monkeypatch, capsys):
     flags = ["--work_dir", str(tmp_path), "--layers", "1", "--num_models", "2", "--rounds", "1", "--posteriors"]
     benchmark_merge.main(flags)
     rows = {row[0]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
-    assert list(rows) == ["cp", "average", "task-arithmetic", "uncertainty"]
+    assert list(rows) == ["cp", "average", "task-arithmetic", "cp with posteriors", "uncertainty"]
     assert all(seconds > 0 and memory > 1 for _, seconds, _, memory in rows.values())
     assert rows["cp"][3] < rows["average"][3], "the memory is that of another process"
     assert "peak MiB" in capsys.readouterr().out

@@ -33,6 +33,7 @@ class Rows(Protocol):
     def __iter__(self) -> Iterator[str]: ...  # noqa: D105
     def __len__(self) -> int: ...  # noqa: D105
     def __contains__(self, name: object) -> bool: ...  # noqa: D105
+    def expect(self, name: str, start: int, stop: int) -> None: ...  # noqa: D102
     def rows(self, name: str, start: int, stop: int) -> Tensor: ...  # noqa: D102
 
 

@@ -50,6 +50,9 @@ def merge_tensors(
     Raises:
         ValueError: If a tensor holds NaN or inf, a variance is not positive, or integers differ.
     """
+    # The GNU allocator gives freed memory back to the system, and asks for it anew, until it has seen something large
+    # being freed: for the temporary tensors below, that would take longer than what is computed with them.
+    torch.empty(24 * 2**20, dtype=torch.uint8)
     workers = min(_WORKERS, os.cpu_count() or 1)
     # Torch's own threads wait for each other at every operation, which is slow where cores are shared.
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -59,6 +62,7 @@ def merge_tensors(
                 trims = plan.method == "ties" and name not in plan.kept and entry.dtype.is_floating_point
                 thresholds = pool.submit(_thresholds, plan, name).result() if trims else []
                 for start, stop in row_blocks(entry.shape, _BLOCK):
+                    _expect(plan, name, start, stop)
                     future = pool.submit(_merge_block, plan, name, start, stop, dtypes[name], thresholds, sink)
                     pending.append((name, future))
                     if len(pending) > workers:
@@ -70,6 +74,19 @@ def merge_tensors(
         finally:
             for _, future in pending:
                 future.cancel()
+
+
+def _expect(plan: Plan, name: str, start: int, stop: int) -> None:
+    """Let a block be read from the disk while the blocks before it are merged."""
+    models = [plan.kept[name]] if name in plan.kept else plan.models
+    for model in models:
+        model.tensors.expect(name, start, stop)
+        if plan.trusts(name) and model.posterior is not None:
+            model.posterior.expect(name, start, stop)
+    if plan.base is not None and name not in plan.kept:
+        plan.base.tensors.expect(plan.base_name(name), start, stop)
+        if plan.base_knows(name) and plan.base.posterior is not None:
+            plan.base.posterior.expect(plan.base_name(name), start, stop)
 
 
 def _merge_block(

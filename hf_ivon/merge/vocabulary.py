@@ -109,6 +109,11 @@ class UnitedFiles(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def expect(self, name: str, start: int, stop: int) -> None:
+        """Let the system begin to read rows; see `TensorFiles.expect`."""
+        if name not in self._names:
+            self.original.expect(name, start, stop)
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows of a tensor; see `TensorFiles.rows`."""
         if name not in self._names:
