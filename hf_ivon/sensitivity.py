@@ -75,7 +75,7 @@ def estimate_sensitivity(
 ) -> Sensitivity:
     r"""Estimate how a trained model would change without each of its training examples, without training again.
 
-    It takes two backward passes per example and one more per class: :math:`V_i e_i` is
+    It takes one backward pass per example and one more per class: :math:`V_i e_i` is
     :math:`\nabla f_i^\top \Sigma \nabla \ell_i`, and no matrix is formed. The variances are taken at temperature one
     (times λ/N), since it is the loss of N examples that one is taken out of; that is so whatever λ was trained with.
     Of a model that classifies tokens or predicts the next one, the examples are whole sequences, and their loss is
