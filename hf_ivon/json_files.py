@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,19 @@ def to_text(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> Path:
     """Write a JSON file, whole or not at all, and return its path; its directory is made if it does not exist."""
+    return _write(path, to_text(value))
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> Path:
+    """Write a file with a line of JSON for each row, as `write_json` does."""
+    return _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(to_text(value), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

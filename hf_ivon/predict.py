@@ -230,8 +230,8 @@ def _passes(
     samples = weight_samples(model, posterior, num_samples=num_samples, seed=seed, ess_scale=ess_scale)
     for index, weights in enumerate(samples):
         with torch.no_grad(), evaluation_mode(model), weights:
-            shown = _shown(data, f"weight sample {index + 1} of {num_samples}" if num_samples else "mean", progress)
-            parts = [read(model, _on_device(batch, device)) for batch in shown]
+            batches = shown(data, f"weight sample {index + 1} of {num_samples}" if num_samples else "mean", progress)
+            parts = [read(model, _on_device(batch, device)) for batch in batches]
         if not parts:
             raise ValueError("`data` must have at least one batch, got none. Check the data set and its filters.")
         rows = torch.cat([values for values, _ in parts])
@@ -270,13 +270,13 @@ def _check_data(data: Batches) -> None:
         )
 
 
-def _shown(data: Batches, title: str, progress: bool) -> Batches:
-    """Return the batches, with a bar of progress if one is wanted."""
+def shown(data: Iterable[Any], title: str, progress: bool, unit: str = "batch") -> Iterable[Any]:
+    """Return the data, with a bar of progress if one is wanted."""
     if not progress:
         return data
     from tqdm.auto import tqdm
 
-    return tqdm(data, desc=title, unit="batch", leave=False)
+    return tqdm(data, desc=title, unit=unit, leave=False)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_ivon.curvature import single_examples
 from hf_ivon.data import is_language_model
 from hf_ivon.mean import posterior_keys, unwrap
-from hf_ivon.predict import evaluation_mode, logits_of
+from hf_ivon.predict import evaluation_mode, logits_of, shown
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -115,13 +115,13 @@ def estimate_sensitivity(
         posterior.variance[name].to(device) * (posterior.config.of("ess", name) / _size(posterior) / ess_scale)
         for name in posterior.names()
     ]
+    weights = _Weights(list(params.values()), variance)
     rows: list[dict[str, Any]] = []
     with evaluation_mode(model), torch.enable_grad(), _all_trainable(list(params.values())):
-        for inputs, labels in _shown(single_examples(data, device), progress):
+        for inputs, labels in shown(single_examples(data, device), "sensitivity", progress, "example"):
             if labels is None:
                 raise ValueError("Each batch of `data` must have `labels`, got none. They are what the model learnt.")
             logits = logits_of(bare, inputs).float()
-            weights = _Weights(list(params.values()), variance)
             if logits.ndim == 3:
                 rows.append(_of_tokens(logits[0], labels[0], weights, shifted=is_language_model(bare)))
             else:
@@ -151,14 +151,6 @@ def _all_trainable(params: list[nn.Parameter]) -> Generator[None, None, None]:
     finally:
         for p in frozen:
             p.requires_grad_(False)
-
-
-def _shown(examples: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return examples
-    from tqdm.auto import tqdm
-
-    return tqdm(examples, desc="sensitivity", unit="example", leave=False)
 
 
 class _Weights:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -226,6 +227,7 @@ def test_rows_are_written_in_any_order_from_any_thread(tmp_path, max_shard_size)
         with ThreadPoolExecutor(4) as pool:
             done = [pool.submit(writer.write, n, values[n][a:b], a) for n, a, b in (pieces[i] for i in order)]
         assert all(future.result() is None for future in done)
+        writer.write("none", values["none"])  # after the file is complete
     problems = []
     found = TensorFiles(tmp_path, "model", problems)
     assert problems == []
@@ -235,6 +237,20 @@ def test_rows_are_written_in_any_order_from_any_thread(tmp_path, max_shard_size)
         assert torch.equal(found[name], expected)
         for a, b in [(3, 5), (38, 60), (0, 1)] if expected.ndim else [(0, 1)]:
             assert torch.equal(found.rows(name, a, b), expected[a:b] if expected.ndim else expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be told")
+def test_the_disk_reads_ahead_what_will_be_asked_for(tmp_path, monkeypatch):
+    """A wrong range would read other bytes from the disk, and the merge would wait for its own."""
+    values = {"first": torch.arange(5.0), "second": torch.arange(24.0).view(8, 3), "scalar": torch.tensor(1.0)}
+    save_file(values, tmp_path / "model.safetensors")
+    content, asked = (tmp_path / "model.safetensors").read_bytes(), []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, length, advice: asked.append((offset, length)))
+    found = TensorFiles(tmp_path, "model", [])
+    found.expect("second", 2, 6)
+    found.expect("scalar", 0, 1)
+    ((offset, length),) = asked
+    assert content[offset : offset + length] == values["second"][2:6].numpy().tobytes()
 
 
 def test_a_file_that_is_not_complete_is_an_error(tmp_path):

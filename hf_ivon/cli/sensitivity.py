@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +41,9 @@ def sensitivity(
         typer.echo(f"error: {err}", err=True)
         raise typer.Exit(2) from None
     if output is not None:
-        _write(output, rows)
+        from hf_ivon.json_files import write_json_lines
+
+        write_json_lines(output, rows)
     typer.echo(f"{'':<10}{'trained on':>12}{'left out':>12}   {len(rows):,} examples")
     for name in ("loss", "accuracy"):
         if name in summary:
@@ -93,11 +93,3 @@ def run(
         row = {"row": numbers[i], **{name: float(value) for name, value in numeric.items()}}
         rows.append({**row, **label, "text": [example[column] for column in columns]})
     return found.summary(), rows
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write lines of JSON; a file that is there stays until they are complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)

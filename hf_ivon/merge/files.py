@@ -204,6 +204,8 @@ class _Shard:
 
     def write(self, name: str, rows: Tensor, start: int) -> None:
         """Write rows of a tensor, from row `start` on."""
+        if not rows.numel():
+            return  # the file may be complete, and closed
         data = rows.contiguous().reshape(-1).view(torch.uint8).numpy().data
         offset, row_bytes = self.places[name]
         with self._lock:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_ivon.metrics.classification import check_bins, checked, confidence_bins
 from hf_ivon.plots.axes import STYLES, finish, new_figure
@@ -14,6 +14,7 @@ from hf_ivon.plots.axes import STYLES, finish, new_figure
 if TYPE_CHECKING:
     from os import PathLike
 
+    from matplotlib.axes import Axes
     from torch import Tensor
 
 _ROUNDING = 1e-6  # how far below 0 an entropy may be, of probabilities that add up to a little more than 1
@@ -99,8 +100,7 @@ def entropy_histograms(
     for (name, values), (colour, dashes, _) in zip(entropies.items(), itertools.cycle(STYLES), strict=False):
         shares = values.double().cpu().clamp_min(0.0).histc(num_bins, 0.0, highest) / len(values)
         edges = [highest * k / num_bins for k in range(num_bins + 1)]
-        axes.stairs(shares.tolist(), edges, color=colour, linestyle=dashes, linewidth=1.8, label=name)
-        axes.stairs(shares.tolist(), edges, color=colour, alpha=0.15, fill=True)
+        _histogram(axes, shares.tolist(), edges, name, colour, dashes)
     axes.set_xlabel("Predictive entropy (nats)")
     axes.set_ylabel("Share of examples")
     return finish(figure, axes, path, title)
@@ -135,8 +135,7 @@ def sensitivity_histogram(
     edges = [10 ** (low + (high - low) * k / num_bins) for k in range(num_bins + 1)]
     for (name, values), (colour, dashes, _) in zip(scores.items(), itertools.cycle(STYLES), strict=False):
         counts = values.double().cpu().clamp_min(lowest).log10_().histc(num_bins, low, high)
-        axes.stairs(counts.tolist(), edges, color=colour, linestyle=dashes, linewidth=1.8, label=name)
-        axes.stairs(counts.tolist(), edges, color=colour, alpha=0.15, fill=True)
+        _histogram(axes, counts.tolist(), edges, name, colour, dashes)
     axes.set_xscale("log")
     axes.set_xlabel("Sensitivity (change of the outputs if the example is left out)")
     axes.set_ylabel("Examples")
@@ -226,3 +225,10 @@ def trade_offs(
                 axes.plot(range(len(names)), row, "o-", color=color, markersize=4, label=label if i == 0 else None)
         axes.set_xticks(range(len(names)), names)
     return finish(figure, axes, path, title)
+
+
+def _histogram(
+    axes: Axes, heights: Sequence[float], edges: Sequence[float], name: str, colour: str, dashes: Any
+) -> None:
+    axes.stairs(heights, edges, color=colour, linestyle=dashes, linewidth=1.8, label=name)
+    axes.stairs(heights, edges, color=colour, alpha=0.15, fill=True)
