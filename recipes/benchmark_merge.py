@@ -4,13 +4,15 @@
     python recipes/benchmark_merge.py --work_dir DIR --mergekit mergekit-yaml --rounds 3
 
 The models are random, in the layout of a Llama of 1.5 billion parameters; they are made once. Each round runs every
-command once, one after another, so that all see the same machine; medians over the rounds are printed, and
-`results.json` is written into the work directory. Throughput counts what is read and what is written.
+command once, in an order of its own, so that all see the same machine and none always finds in memory what another
+has read; medians over the rounds are printed, and `results.json` is written into the work directory. Throughput
+counts what is read and what is written.
 """
 
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -156,8 +158,10 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, list[tuple[float, float]]] = {}
     out = arguments.work_dir / "out"
     todo = commands(arguments, models)
+    shuffled = random.Random(0)
     for _ in range(arguments.rounds):
-        for name, (command, _) in todo.items():
+        for name in shuffled.sample(list(todo), len(todo)):
+            command, _ = todo[name]
             shutil.rmtree(out, ignore_errors=True)
             if name.startswith("cp"):
                 out.mkdir()

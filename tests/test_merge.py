@@ -156,6 +156,8 @@ def test_uncertainty_has_its_limits():
     found = methods.uncertainty(base, [one, two], [hess, hess], hess, [0.25, 0.75])
     torch.testing.assert_close(found, methods.task_arithmetic(base, [one, two], [0.25, 0.75]))
     assert torch.equal(methods.uncertainty(base, [one, two], [nothing, nothing], nothing, [1.0, 1.0]), base)
+    # but NaN does not hide behind a Hessian of 0: the merge looks for it in the result alone
+    assert methods.uncertainty(base, [one, base / 0 * 0], [nothing, nothing], nothing, [1.0, 1.0]).isnan().all()
     # without curvature of the models, the base's alone makes it task arithmetic
     found = methods.uncertainty(base, [one, two], [nothing, nothing], hess, [1.0, 1.0])
     torch.testing.assert_close(found, methods.task_arithmetic(base, [one, two], [1.0, 1.0]))

@@ -32,8 +32,8 @@ def variances_of(model: Checkpoint, name: str, start: int, stop: int) -> Tensor:
 def hessian(config: PosteriorConfig | None, name: str, precision: Tensor) -> Tensor:
     """Return the Hessian of the summed loss, N * h: precision / ess is h + delta, per example. Changes `precision`."""
     assert config is not None  # the plan made sure
-    per_example = precision.div_(config.of("ess", name))
-    return per_example.sub_(config.of("weight_decay", name)).clamp_min_(0).mul_(size_of(config, name))
+    size = size_of(config, name)
+    return precision.mul_(size / config.of("ess", name)).sub_(size * config.of("weight_decay", name)).clamp_min_(0)
 
 
 def size_of(config: PosteriorConfig, name: str) -> float:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+_SMALLEST = 2.0**-149  # above 0 in fp32
+
 
 def average(models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     r"""Return the weighted average, :math:`\sum_t \alpha_t \theta_t / \sum_t \alpha_t`.
@@ -85,9 +87,12 @@ def uncertainty(
         >>> uncertainty(base, [one, -one], [3 * one, one], one, [1.0, 1.0])
         tensor([0.4000])
     """
-    total = base_hessian + _sum(hessians, weights)
-    moved = _sum([(base_hessian + h) * (m - base) for h, m in zip(hessians, models, strict=True)], weights)
-    return base + torch.where(total > 0, moved / total, torch.zeros_like(moved))
+    total = _sum(hessians, weights).add_(base_hessian)
+    moved = torch.zeros_like(base)
+    for model, hess, weight in zip(models, hessians, weights, strict=True):
+        moved.addcmul_(hess + base_hessian, model - base, value=weight)
+    # Where the total is 0, so is what was moved: the smallest number above 0 divides it, and leaves the other totals.
+    return moved.div_(total.clamp_min_(_SMALLEST)).add_(base)
 
 
 def gaussian(
