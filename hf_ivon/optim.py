@@ -20,7 +20,7 @@ from hf_ivon import distributed, functional, replicas, windows
 from hf_ivon.capture import GradientCapture
 from hf_ivon.execution import Execution
 from hf_ivon.interrupts import interrupts_deferred
-from hf_ivon.options import SQUARED, check_common_options, check_options
+from hf_ivon.options import SQUARED, check_common_options, check_options, ess_of
 from hf_ivon.roster import Roster
 from hf_ivon.sampling import Draw, WeightSampler
 from hf_ivon.state import complete_state, match_saved_state, own_storage, saved_dtype, set_prior_means
@@ -67,6 +67,7 @@ class IVON(torch.optim.Optimizer):
         batch_size: What the loss of a step is an average of, over all processes: examples, or label tokens; > 0. Only
             ``"fisher"`` uses it.
         prior_mean: ``"zero"``; ``"init"``, the weights at the first use; or one tensor per parameter, in order.
+        eval_ess_scale: Factor on `ess` for predictions and what is saved, > 0; below 1 is wider than training used.
         momentum_dtype: ``"float32"``, or ``"bfloat16"`` to halve the gradient average; small tensors keep fp32.
         seed: Seed of the weight noise, which has a generator of its own, in [0, 2**63).
         foreach: Work on small tensors together; None does so.
@@ -96,6 +97,7 @@ class IVON(torch.optim.Optimizer):
         hess_approx: str = "price",
         batch_size: float = 1.0,
         prior_mean: str | Iterable[Tensor] = "zero",
+        eval_ess_scale: float = 1.0,
         momentum_dtype: str = "float32",
         seed: int = 0,
         foreach: bool | None = None,
@@ -116,6 +118,7 @@ class IVON(torch.optim.Optimizer):
             "hess_approx": hess_approx,
             "batch_size": batch_size,
             "prior_mean": prior_mean if given is None else "given",
+            "eval_ess_scale": eval_ess_scale,
             "momentum_dtype": momentum_dtype,
             "seed": seed,
             "foreach": foreach,
@@ -218,7 +221,7 @@ class IVON(torch.optim.Optimizer):
                     draws.append(Draw(p, group, self._state(p, group), key, index))
             packs = {q: (q.group["seed"], stream, rank, q.group["window"], draw) for q in self._roster.packs}
             with interrupts_deferred():
-                self._sampler.perturb(packs, draws)
+                self._sampler.perturb(packs, draws, train)
             self._sampler.forget_copies()
             yield
             failed = False
@@ -368,7 +371,7 @@ class IVON(torch.optim.Optimizer):
         """Return the posterior variance of one parameter, shape of `p`, fp32 (fp64 for fp64 parameters), param²."""
         group = self._group_of(p)
         hess = self._state(p, group)["hess"]
-        return functional.posterior_variance(hess, ess=group["ess"], weight_decay=group["weight_decay"])
+        return functional.posterior_variance(hess, ess=ess_of(group, train=False), weight_decay=group["weight_decay"])
 
     def _group_of(self, p: Tensor) -> dict[str, Any]:
         for group, q in self._parameters():

@@ -41,6 +41,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "a positive number",
         "Pass the number of training examples, or of tokens for a language model.",
     ),
+    "eval_ess_scale": (_positive, "a positive number", "1 is the posterior of training; below 1 it is wider."),
     "temperature": (_positive, "a positive number", "1 is the paper's; smaller is a narrower posterior."),
     "relative_sigma": (_non_negative, "a number of at least 0", "0.05 to 0.2 are usual; 0 is off."),
     "hess_init": (_positive, "a positive number", "Values from 1e-3 to 1 are usual."),
@@ -83,6 +84,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
 
 # Estimators that are of squared gradients, not of gradients times noise.
 SQUARED = ("fisher", "gradsq")
+
+
+def ess_of(group: Mapping[str, Any], train: bool) -> float:
+    """Return the effective sample size of a group: that of training, or that of predictions and of what is saved."""
+    return group["ess"] if train else group["ess"] * group.get("eval_ess_scale", 1.0)  # older states have none
 
 
 def check_options(options: Mapping[str, Any]) -> None:

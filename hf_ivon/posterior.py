@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_ivon import distributed, functional
 from hf_ivon.mean import match_problems, mean_digest, posterior_keys, write_back
+from hf_ivon.options import ess_of
 from hf_ivon.parts import config_of_part, converted, names_below
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
 from hf_ivon.tensor_files import TensorFiles, headers
@@ -301,8 +302,9 @@ class Posterior:
             )
         variance = {k: distributed.full(optimizer.posterior_variance(p)).float().cpu() for k, p in params.items()}
         by_name: dict[str, dict[str, float]] = {
-            o: {k: groups[p][o] for k, p in params.items()} for o in ("ess", "weight_decay", "hess_init")
+            o: {k: groups[p][o] for k, p in params.items()} for o in ("weight_decay", "hess_init")
         }
+        by_name["ess"] = {k: ess_of(groups[p], train=False) for k, p in params.items()}
         first = optimizer.param_groups[0]
         config = PosteriorConfig(
             ess=one_or_all(by_name["ess"]),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_ivon import distributed
 from hf_ivon.execution import Execution, Lanes
+from hf_ivon.options import ess_of
 from hf_ivon.packs import Pack
 from hf_ivon.philox import noise_words
 from hf_ivon.state import adopt_changes, state_dtype
@@ -22,7 +23,7 @@ class Draw:
 
     Args:
         p: The parameter, holding its mean.
-        group: Options of its group; `ess` and `weight_decay` are read.
+        group: Options of its group; `ess`, `eval_ess_scale` and `weight_decay` are read.
         state: Its complete state; `hess` is read, and `mean` where the parameter's dtype is narrower than fp32.
         key: What the noise is a function of, beside the index: 64-bit integers.
         index: Number of the parameter in its optimizer.
@@ -60,23 +61,24 @@ class WeightSampler:
         self._lanes: dict[Tensor, tuple[tuple[int, ...], Lanes]] = {}
 
     @torch.no_grad()
-    def perturb(self, packs: Mapping[Pack, tuple[int, ...]], draws: Sequence[Draw]) -> None:
+    def perturb(self, packs: Mapping[Pack, tuple[int, ...]], draws: Sequence[Draw], train: bool) -> None:
         """Write a weight sample into parameters; into a sharded one, the shard of the sample of the whole.
 
         Args:
             packs: Small parameters, to what their noise is a function of beside their indices: 64-bit integers.
             draws: All others, in the order of their optimizer.
+            train: For training; samples for predictions are as much wider as `eval_ess_scale` says.
         """
         self._execution.plan(sum(pack.starts[-1] for pack in packs) + sum(draw.p.numel() for draw in draws))
         self._alone = [draw.p for draw in draws]
         self._sharded = any(map(distributed.is_sharded, self._alone))
         for draw in draws:
-            self._perturb_one(draw)
+            self._perturb_one(draw, train)
         for pack, key in packs.items():
-            self._perturb_pack(pack, noise_words(key, 0))
+            self._perturb_pack(pack, noise_words(key, 0), train)
 
-    def _perturb_one(self, draw: Draw) -> None:
-        p, options = draw.p, {"ess": draw.group["ess"], "weight_decay": draw.group["weight_decay"]}
+    def _perturb_one(self, draw: Draw, train: bool) -> None:
+        p, options = draw.p, {"ess": ess_of(draw.group, train), "weight_decay": draw.group["weight_decay"]}
         weights, hess = distributed.local(p), distributed.local(draw.state["hess"])
         words = noise_words(draw.key, draw.index)
         if "mean" in draw.state:
@@ -105,9 +107,9 @@ class WeightSampler:
             kept = self._lanes[p] = (pointers, lanes)
         return kept[1]
 
-    def _perturb_pack(self, pack: Pack, words: Tensor) -> None:
+    def _perturb_pack(self, pack: Pack, words: Tensor, train: bool) -> None:
         pack.read("mean")
-        ess, weight_decay = pack.group["ess"], pack.group["weight_decay"]
+        ess, weight_decay = ess_of(pack.group, train), pack.group["weight_decay"]
         self._execution.sample_pack(pack, words, ess=ess, weight_decay=weight_decay)
         self._sampled_packs[pack] = "mean"
         self.means.update(zip(pack.params, pack.views("mean"), strict=True))

@@ -52,6 +52,7 @@ def test_defaults_are_the_papers_finetuning_setting():
         "batch_size": "auto",
         "relative_sigma": 0.0,
         "temperature": 1.0,
+        "eval_ess_scale": 1.0,
         "momentum_dtype": "float32",
         "foreach": None,
         "fused": None,

@@ -178,6 +178,13 @@ def test_temperature_divides_what_is_counted(tmp_path):
     assert resolved(trainer(tmp_path, tiny.bert(), tiny.sentences(21), ivon_temperature=0.1)) == pytest.approx(210)
 
 
+def test_the_width_of_predictions_leaves_that_of_training(tmp_path):
+    """The flag would be read and ignored, or training would get the noise that is meant for averaging."""
+    wide = trainer(tmp_path, tiny.bert(), tiny.sentences(21), ivon_eval_ess_scale=0.25, max_steps=1)
+    wide.train()
+    assert (wide.ivon.param_groups[0]["ess"], wide.posterior().config.ess) == (21, 21 * 0.25)
+
+
 @pytest.mark.parametrize("approx", ["price", "fisher"])
 def test_relative_sigma_is_the_widest_sigma(tmp_path, approx):
     """A preset's width would be another than it says, and one that is too wide destroys a pretrained model."""

@@ -251,7 +251,7 @@ def test_a_shard_has_its_part_of_the_noise_where_passes_are_compiled(monkeypatch
     monkeypatch.setattr(sampling.distributed, "shard_start", lambda t: half)
     sampler = sampling.WeightSampler(execution.Execution(None, True))
     group = {"ess": 1.0, "weight_decay": 0.0}
-    sampler.perturb({}, [sampling.Draw(p, group, {"hess": torch.ones(p.shape)}, (1, 2), 3)])
+    sampler.perturb({}, [sampling.Draw(p, group, {"hess": torch.ones(p.shape)}, (1, 2), 3)], train=True)
     words = philox.noise_words((1, 2), 3)
     torch.testing.assert_close(p.detach()[half:], philox.normal_range(half, p.numel(), p.numel(), words))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ivon import functional
+from hf_ivon import Posterior, functional
 from hf_ivon.optim import IVON
 
 
@@ -82,3 +82,32 @@ def test_noise_has_the_variance_that_the_state_says():
     # The relative standard error of a variance of n normals is sqrt(2/n) = 0.45%.
     assert ((variance / expected - 1).abs() < 5 * (2 / n) ** 0.5).all()
     assert (mean.abs() < 5 * (expected / n).sqrt()).all()
+
+
+@pytest.mark.parametrize("fused", [False, None])
+def test_predictions_and_what_is_saved_are_as_wide_as_asked(fused):
+    """A posterior that is wider than the noise of training must be so in every sample, with the same Hessian."""
+    model = nn.ModuleDict({"small": nn.Linear(3, 2), "large": nn.Linear(300, 300)})
+    for p in model.parameters():
+        nn.init.zeros_(p)  # so that a parameter is its own noise
+    options = {"lr": 0.0, "ess": 40.0, "weight_decay": 0.25, "seed": 1, "fused": fused}
+    deviations = []
+    for scale in (1.0, 0.25):
+        optimizer = IVON(model.parameters(), **options, eval_ess_scale=scale)
+        found = {}
+        for train in (True, False):
+            with optimizer.sampled_params(train=train):
+                found[train] = nn.utils.parameters_to_vector(model.parameters()).clone()
+        deviations.append(found)
+    assert torch.equal(deviations[1][True], deviations[0][True])
+    assert torch.equal(deviations[1][False], 2 * deviations[0][False])
+
+    posterior = Posterior.from_optimizer(optimizer, model, num_examples=40)
+    assert posterior.config.ess == 10.0
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(posterior.hess(name), optimizer.state[p]["hess"])
+
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["eval_ess_scale"]  # saved before there was such an option
+    optimizer.load_state_dict(state)
+    torch.testing.assert_close(optimizer.posterior_variance(p), torch.full_like(p, 1 / (40 * 1.25)))

@@ -118,6 +118,13 @@ class IVONTrainingArguments(TrainingArguments):
             "whose prior is then flat."
         },
     )
+    ivon_eval_ess_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor on lambda outside of training, for predictions and what is saved, > 0; below "
+            "1 they are wider than what training used. Default 1."
+        },
+    )
     ivon_momentum_dtype: str | None = field(
         default=None, metadata={"help": "'float32' (default), or 'bfloat16' to halve the memory of the momentum."}
     )

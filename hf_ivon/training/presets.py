@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": "auto",
     "prior_mean": "zero",
     "prior_on": "all",
+    "eval_ess_scale": 1.0,
     "momentum_dtype": "float32",
     "seed": None,
     "foreach": None,
