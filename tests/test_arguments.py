@@ -151,7 +151,7 @@ def test_optim_args_fill_the_same_options():
         ({"ivon_batch_size": "0"}, r"`ivon_batch_size` must be a positive number, got 0.0"),
         ({"ivon_prior_mean": "given"}, r"`ivon_prior_mean` must be 'zero' or 'init'"),
         ({"ivon_prior_on": "none"}, r"`ivon_prior_on` must be one of all, decay"),
-        ({"ivon_preset": "fast"}, r"`preset` must be one of paper, finetuning, pretraining, got 'fast'"),
+        ({"ivon_preset": "fast"}, r"`preset` must be one of paper, finetuning, averaging, pretraining, got 'fast'"),
         ({"ivon_hess_init": 0.1, "ivon_relative_sigma": 0.1},
          r"`relative_sigma` must be left out where `hess_init` is given, got 0.1 and 0.1: it sets that"),
         ({"weight_decay": 0.1, "ivon_hess_approx": "fisher", "ivon_relative_sigma": 0.2},

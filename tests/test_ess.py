@@ -203,6 +203,19 @@ def test_relative_sigma_is_the_widest_sigma(tmp_path, approx):
     assert made.ivon.param_groups[0]["weight_decay"] == group["weight_decay"]
 
 
+def test_the_averaging_preset_averages_over_more_than_it_trains_with(tmp_path):
+    """Averaged predictions would be those of the narrow posterior of training, which are the mean's."""
+    model = tiny.bert()
+    size = torch.cat([p.detach().flatten() for p in model.parameters()]).square().mean().sqrt().item()
+    settings = {"ivon_preset": "averaging", "learning_rate": None, "weight_decay": None, "ivon_hess_init": None}
+    made = trainer(tmp_path, model, tiny.sentences(21), **settings)
+    made.create_optimizer()
+    group = made.ivon.param_groups[0]
+    assert (group["ess"] * group["weight_decay"]) ** -0.5 == pytest.approx(0.05 * size, rel=1e-6)
+    widest = made.ivon.posterior_variance(group["params"][0]).max().sqrt().item()
+    assert widest == pytest.approx(0.05 / 0.05**0.5 * size, rel=1e-3)
+
+
 def test_relative_sigma_that_cannot_be_is_refused(tmp_path):
     """The posterior would have no width, or a negative Hessian, and training end in NaN."""
     settings = {"ivon_relative_sigma": 0.1, "ivon_hess_init": None, "ivon_ess": 1e6}

@@ -50,7 +50,8 @@ class IVONTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "What is not set by other flags: 'paper' (default, its setting for finetuning), 'finetuning' (a "
-            "Hessian that short runs learn), or 'pretraining' (from scratch). Sets learning_rate and weight_decay too."
+            "Hessian that short runs learn), 'averaging' (that, for predictions that are averaged), or 'pretraining' "
+            "(from scratch). Sets learning_rate and weight_decay too."
         },
     )
     ivon_ess: str | None = field(

@@ -31,18 +31,19 @@ DEFAULTS: dict[str, Any] = {
     "foreach": None,
     "fused": None,
 }
+# The weight decay is what `relative_sigma` makes of it: a prior at the pretrained weights, of that width.
+_FISHER: dict[str, Any] = {"weight_decay": None, "hess_approx": "fisher", "beta2": 0.98, "prior_mean": "init"}
 # Each preset over the defaults, with `learning_rate` and `weight_decay`. The evidence is in recipes/PAPERS.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"learning_rate": 0.1, "weight_decay": 1e-5},
-    # The weight decay is what `relative_sigma` makes of it: a prior at the pretrained weights, of that width.
-    "finetuning": {
-        "learning_rate": 0.1,
-        "weight_decay": None,
-        "temperature": 0.005,
-        "relative_sigma": 0.17,
-        "hess_approx": "fisher",
-        "beta2": 0.98,
-        "prior_mean": "init",
+    "finetuning": {**_FISHER, "learning_rate": 0.1, "temperature": 0.005, "relative_sigma": 0.17},
+    # Trained with a third of that noise, and averaged over more of it.
+    "averaging": {
+        **_FISHER,
+        "learning_rate": 0.05,
+        "temperature": 5e-5,
+        "relative_sigma": 0.05,
+        "eval_ess_scale": 0.05,
     },
     "pretraining": {"learning_rate": 0.5, "weight_decay": 1e-6, "relative_sigma": 0.05},
 }
