@@ -388,8 +388,8 @@ class IVON(torch.optim.Optimizer):
             max_elements: Most weights to look at; the cost does not grow with the model beyond it.
 
         Returns:
-            Quantiles (1%, 50%, 99%) of the standard deviation (param) and of `hess` over `hess_init`, `snr_share`
-            (share of weights with |mean| > sigma) and `clipped_share` (share of the last step cut by `clip_radius`).
+            Quantiles (1%, 50%, 99%) of the standard deviation in training (param) and of `hess` over `hess_init`,
+            `snr_share` (share of weights with |mean| > sigma) and `clipped_share` (share cut in the last step).
 
         Raises:
             RuntimeError: If called inside `sampled_params`.

@@ -24,13 +24,8 @@ _BLOCK = 2**22  # weights that a thread merges at a time
 _COMPUTE = 2**18  # weights of each model computed with at a time: few for the cache, many for the interpreter
 _WORKERS = 8  # threads; each holds a block of all models
 _REPORT = 8  # one of so many pieces is looked at for the report
-_SHOWS_NAN = (
-    "average",
-    "task-arithmetic",
-    "uncertainty",
-    "gaussian",
-    "fisher",
-)  # NaN of one model is NaN in the result
+# Rules in which NaN of one model is NaN in the result.
+_SHOWS_NAN = ("average", "task-arithmetic", "uncertainty", "gaussian", "fisher")
 
 
 class Sink(Protocol):
