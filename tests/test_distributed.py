@@ -68,9 +68,9 @@ def noise_of():
         seed, stream, _, window, _ = key
         return seed, stream, coordinates["rank"], window, coordinates["draw"]
 
-    def as_rank(self, packs, draws):
+    def as_rank(self, packs, draws, train):
         packs = {pack: of_rank(key) for pack, key in packs.items()}
-        perturb(self, packs, [replace(draw, key=of_rank(draw.key)) for draw in draws])
+        perturb(self, packs, [replace(draw, key=of_rank(draw.key)) for draw in draws], train)
 
     WeightSampler.perturb = as_rank
     try:
