@@ -63,7 +63,7 @@ def posterior_generate(
             and `attention_mask`.
         num_samples: Number of weight samples S; 0 generates at the mean.
         seed: Chooses the weight samples. Tokens are sampled from torch's global generator, as `generate` does.
-        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was learnt.
+        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was saved.
         generate_kwargs: Passed to `generate`, such as `max_new_tokens`.
 
     Returns:
@@ -251,7 +251,7 @@ def sample_generations(
         inputs: What a tokenizer returns: `input_ids` of shape (batch, length) and `attention_mask`.
         num_samples: Number of weight samples S; 0 generates once, at the mean.
         seed: Chooses the weight samples. Tokens are sampled from torch's global generator, as `generate` does.
-        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was learnt.
+        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was saved.
         generate_kwargs: Passed to `generate`, such as `do_sample` and `num_return_sequences`.
 
     Returns:

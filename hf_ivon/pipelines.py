@@ -64,7 +64,7 @@ def pipeline(
         posterior: The posterior that belongs to the model, or a mixture; None reads it from where the model is.
         num_samples: Number of weight samples; 0 predicts at the mean, without a posterior.
         seed: Chooses the weight samples.
-        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was learnt.
+        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was saved.
         abstain_above: Uncertainty above which no label is given, in the unit of `abstain_by`; None never abstains.
         abstain_by: Which uncertainty that is: "entropy", "mutual_information", or "variance" for a regression.
         kwargs: Passed to `transformers.pipeline`, such as `device`, `batch_size`, `revision` or `top_k`.

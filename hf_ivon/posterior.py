@@ -136,7 +136,7 @@ class Posterior:
         Args:
             mean: Mean by tensor name; every tensor of the posterior must be there, in its shape.
             generator: Source of the noise, on the CPU; None is torch's global one.
-            ess_scale: Factor on the precision: above 1 the posterior is narrower than it was learnt.
+            ess_scale: Factor on the precision: above 1 the posterior is narrower than it was saved.
 
         Returns:
             One draw by tensor name, in the dtype and on the device of the mean.
@@ -155,7 +155,7 @@ class Posterior:
             mean: Mean by tensor name, as for `sample`; of a mapping that reads files, such as `TensorFiles`, too, one
                 tensor is read at a time.
             generator: Source of the noise, on the CPU; None is torch's global one. It moves on with each tensor.
-            ess_scale: Factor on the precision: above 1 the posterior is narrower than it was learnt.
+            ess_scale: Factor on the precision: above 1 the posterior is narrower than it was saved.
 
         Returns:
             Pairs of name and draw, in the order of names.
@@ -175,7 +175,7 @@ class Posterior:
         Args:
             model: The model that holds the mean; also wrapped by DDP or `torch.compile`, or a PEFT model.
             generator: Source of the noise, on the CPU; None is torch's global one.
-            ess_scale: Factor on the precision: above 1 the posterior is narrower than it was learnt.
+            ess_scale: Factor on the precision: above 1 the posterior is narrower than it was saved.
 
         Yields:
             The model.
@@ -204,7 +204,7 @@ class Posterior:
         Args:
             weights: Weights by tensor name, such as `sample` draws them; every tensor of the posterior, in its shape.
             mean: Mean by tensor name, alike.
-            ess_scale: Factor on the precision: above 1 the posterior is narrower than it was learnt.
+            ess_scale: Factor on the precision: above 1 the posterior is narrower than it was saved.
 
         Returns:
             The density's natural logarithm, summed over all weights in fp64.
@@ -233,7 +233,7 @@ class Posterior:
             ValueError: If a tensor is missing, sharded or of another shape, or `ess_scale` is not positive.
         """
         if not ess_scale > 0:
-            raise ValueError(f"`ess_scale` must be positive, got {ess_scale!r}. 1 is the posterior as it was learnt.")
+            raise ValueError(f"`ess_scale` must be positive, got {ess_scale!r}. 1 is the posterior as it was saved.")
         present = headers(mean)
         if any(distributed.is_sharded(present[name]) for name in present):
             raise ValueError(

@@ -100,7 +100,7 @@ def posterior_predict(
         tolerance: Stop earlier, once two weight samples in a row each move the average by less than this: of
             probabilities the total variation, of numbers the distance, averaged over the examples. 0 takes all.
         seed: Chooses the weight samples.
-        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was learnt.
+        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was saved.
         device: Where the batches go; None is the device of the model's first parameter.
         progress: Show a bar for each pass over the data.
         on_sample: Called after each weight sample with the average so far, while the model is at its mean.
@@ -183,7 +183,7 @@ def posterior_perplexity(
         data: Batches with `labels` of shape (batch, length), as for `posterior_predict`.
         num_samples: Number of weight samples; 0 predicts at the mean.
         seed: Chooses the weight samples.
-        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was learnt.
+        ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was saved.
         device: Where the batches go; None is the device of the model's first parameter.
         progress: Show a bar for each pass over the data.
 

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import re
+
+import pytest
 
 from recipes import finetuning_study, merge_sentiment
 from recipes.glue_tasks import TASKS
@@ -47,7 +50,10 @@ def test_eight_datasets(tmp_path, data, model_dir, capsys):
         assert all(0 <= quality[m] < 10 for quality in qualities for m in finetuning_study.METRICS)
         assert qualities[1] != qualities[2], "nothing was averaged"
         assert -1 <= of_task["ivon"]["rank correlation"] <= 1
-    assert " of 8 datasets" in printed
+    assert re.search(r" of 8 datasets, in \d of 8 runs", printed)
+    (averages,) = [line.split() for line in printed.splitlines() if line.startswith("average")]
+    accuracies = [of_task["adamw"]["mean"]["accuracy"] for of_task in found.values()]
+    assert float(averages[3]) == pytest.approx(sum(accuracies) / 8, abs=1e-3)
     kept = json.loads((tmp_path / "out" / "data" / "qqp" / "test.jsonl").read_text().splitlines()[0])
     assert kept["question1"].startswith("validation"), "the test rows are trained on"
     (tmp_path / "out" / "pretrained-0" / "imdb" / "posterior.safetensors").unlink()  # would be missed if read again

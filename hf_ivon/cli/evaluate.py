@@ -16,7 +16,7 @@ def evaluate(
         float, typer.Option(help="Stop when a sample moves the average by less than this; 0 takes all.")
     ] = 0.0,
     ess_scale: Annotated[
-        float, typer.Option(help="Factor on the posterior's precision; below 1 it is wider than it was learnt.")
+        float, typer.Option(help="Factor on the posterior's precision; below 1 it is wider than it was saved.")
     ] = 1.0,
     ood_data: Annotated[Path | None, typer.Option(help="Examples of another domain, to be told apart.")] = None,
     text_columns: Annotated[
