@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import BertForSequenceClassification
+from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 from hf_ivon import load_posterior
 from hf_ivon.cli.merge import _keep_sweep
@@ -304,3 +304,28 @@ def test_a_merge_that_fails_closes_its_threads_first(models, monkeypatch):
     assert "written" in events
     assert events.index("closed") > max(i for i, event in enumerate(events) if event == "written")
     assert not list(directory.glob(".out*"))
+
+
+def test_what_a_model_is_used_with_comes_along(tmp_path):
+    """A merge without its licence, template or tied weights would be another model than those that it is made of."""
+    models = [tmp_path / "a", tmp_path / "b"]
+    beside = {"LICENSE": "as is", "chat_template.jinja": "{{ messages }}", "generation_config.json": '{"top_k": 3}'}
+    for seed, directory in enumerate(models):
+        torch.manual_seed(seed)
+        GPT2LMHeadModel(tiny.gpt2().config).save_pretrained(directory)
+        for name, text in {**beside, "optimizer.pt": "a state"}.items():
+            (directory / name).write_text(text)
+        weights = load_file(directory / "model.safetensors")
+        save_file({**weights, "steps": torch.tensor([7])}, directory / "model.safetensors", {"format": "pt"})
+    merge(models, tmp_path / "out", method="average")
+    assert {name: (tmp_path / "out" / name).read_text() for name in beside} == beside
+    assert not (tmp_path / "out" / "optimizer.pt").exists()
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    assert load_file(tmp_path / "out" / "model.safetensors")["steps"].tolist() == [7]
+
+    save_file({**weights, "steps": torch.tensor([8])}, models[1] / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="`steps` holds no real numbers and differs between the models"):
+        merge(models, tmp_path / "other", method="average")
+    assert not (tmp_path / "other").exists()
