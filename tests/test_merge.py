@@ -147,20 +147,38 @@ def test_without_any_curvature_the_prior_is_all_there_is(models):
     torch.testing.assert_close(tensors(directory / "out"), tensors(directory / "added"))
 
 
+def test_one_model_with_weight_1_is_itself(models):
+    """To the bit, by every rule that keeps all of a model: base + (model - base) is not, in fp32."""
+    directory, names, _ = models
+    for method in ("uncertainty", "gaussian", "fisher", "average", "task-arithmetic"):
+        based = {"base_model": directory / "base"} if method in ("uncertainty", "task-arithmetic") else {}
+        merge(names[:1], directory / method, method=method, **based)
+        torch.testing.assert_close(tensors(directory / method), tensors(directory / "a"), rtol=0, atol=0)
+    variances, own = (load_posterior(directory / n).variance for n in ("gaussian", "a"))
+    torch.testing.assert_close(variances, own, rtol=2**-23, atol=0)  # 1 / (1 / v)
+
+
 def test_uncertainty_has_its_limits():
-    """One model is itself; equal Hessians with weights that add up to 1 average; no curvature moves nothing."""
+    """Equal Hessians with weights that add up to 1 average; no curvature moves nothing, not even one model."""
     generator = torch.Generator().manual_seed(0)
     base, one, two, hess = (torch.rand(50, generator=generator) + 0.1 for _ in range(4))
     nothing = torch.zeros(50)
-    torch.testing.assert_close(methods.uncertainty(base, [one], [hess], hess, [1.0]), one)
-    found = methods.uncertainty(base, [one, two], [hess, hess], hess, [0.25, 0.75])
-    torch.testing.assert_close(found, methods.task_arithmetic(base, [one, two], [0.25, 0.75]))
+    # a power of 2 scales what it multiplies and is divided out again without round-off: equal to the last bit
+    even = torch.full((50,), 0.125)
+    averaged = methods.task_arithmetic(base, [one, two], [0.25, 0.75])
+    assert torch.equal(methods.uncertainty(base, [one, two], [even, even], even, [0.25, 0.75]), averaged)
+    torch.testing.assert_close(
+        methods.uncertainty(base, [one, two], [hess, hess], hess, [0.25, 0.75]), averaged, rtol=2**-22, atol=2**-22
+    )
     assert torch.equal(methods.uncertainty(base, [one, two], [nothing, nothing], nothing, [1.0, 1.0]), base)
+    assert torch.equal(methods.uncertainty(base, [one], [nothing], nothing, [1.0]), base)
     # but NaN does not hide behind a Hessian of 0: the merge looks for it in the result alone
     assert methods.uncertainty(base, [one, base / 0 * 0], [nothing, nothing], nothing, [1.0, 1.0]).isnan().all()
     # without curvature of the models, the base's alone makes it task arithmetic
+    added = methods.task_arithmetic(base, [one, two], [1.0, 1.0])
+    assert torch.equal(methods.uncertainty(base, [one, two], [nothing, nothing], even, [1.0, 1.0]), added)
     found = methods.uncertainty(base, [one, two], [nothing, nothing], hess, [1.0, 1.0])
-    torch.testing.assert_close(found, methods.task_arithmetic(base, [one, two], [1.0, 1.0]))
+    torch.testing.assert_close(found, added, rtol=2**-22, atol=2**-22)
 
 
 def test_uncertainty_finds_the_joint_minimum_of_quadratics():

@@ -50,6 +50,8 @@ def task_arithmetic(base: Tensor, models: Sequence[Tensor], weights: Sequence[fl
         >>> task_arithmetic(torch.tensor([1.0]), [torch.tensor([2.0]), torch.tensor([5.0])], [1.0, 0.5])
         tensor([4.])
     """
+    if _is_one(models, weights):
+        return models[0].clone()
     return base + _sum([m - base for m in models], weights)
 
 
@@ -88,6 +90,8 @@ def uncertainty(
         tensor([0.4000])
     """
     total = _sum(hessians, weights).add_(base_hessian)
+    if _is_one(models, weights):
+        return torch.where(total == 0, base, models[0])
     moved = torch.zeros_like(base)
     for model, hess, weight in zip(models, hessians, weights, strict=True):
         moved.addcmul_(hess + base_hessian, model - base, value=weight)
@@ -119,6 +123,8 @@ def gaussian(
         (tensor([2.]), tensor([4.]))
     """
     precision = _sum(precisions, weights)
+    if _is_one(models, weights):
+        return models[0].clone(), precision
     return _sum([p * m for p, m in zip(precisions, models, strict=True)], weights) / precision, precision
 
 
@@ -141,6 +147,8 @@ def fisher(models: Sequence[Tensor], hessians: Sequence[Tensor], weights: Sequen
         >>> fisher([one, 5 * one], [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])], [1.0, 1.0])
         tensor([2., 3.])
     """
+    if _is_one(models, weights):
+        return models[0].clone()
     total = _sum(hessians, weights)
     weighted = _sum([h * m for h, m in zip(hessians, models, strict=True)], weights)
     return torch.where(total > 0, weighted / total, average(models, weights))
@@ -219,6 +227,11 @@ def dare(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], densi
         kept = torch.rand(base.shape, generator=generator) < density
         differences.append(torch.where(kept, model - base, 0.0).div_(density))
     return base + _sum(differences, weights)
+
+
+def _is_one(models: Sequence[Tensor], weights: Sequence[float]) -> bool:
+    """Tell whether the merge is of one model with weight 1, which is that model, to the bit."""
+    return len(models) == 1 and list(weights) == [1.0]
 
 
 def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
