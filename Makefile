@@ -8,7 +8,7 @@ TRAINER_TESTS := $(addprefix tests/test_,trainer.py trainer_saving.py resume.py 
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-slow lint format clean
+.PHONY: help demo test test-lowest test-slow test-vllm lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -34,6 +34,10 @@ test-lowest: $(LOWEST)/.ready ## Run the Trainer's tests with the oldest Transfo
 
 test-slow: $(READY) ## Run the tests that are marked slow
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"
+
+test-vllm: $(READY) ## Serve merges by vLLM: make test-vllm VLLM_PYTHON=...
+	@test -n "$(VLLM_PYTHON)" || { echo "VLLM_PYTHON must name a Python with vLLM, which needs an environment of its own"; exit 2; }
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_vllm.py --vllm-python $(abspath $(VLLM_PYTHON))
 
 lint: $(READY) ## Check style, format and types
 	$(BIN)/ruff check .

@@ -13,3 +13,8 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    """Add what names an environment of its own."""
+    parser.addoption("--vllm-python", help="a Python with vLLM, for tests/test_vllm.py")
