@@ -216,9 +216,12 @@ def values_of(layout):
     return {name: torch.randn(shape, generator=generator).mul(9).to(dtype) for name, (dtype, shape) in layout.items()}
 
 
+@pytest.mark.parametrize("sync", [2**28, 100])
 @pytest.mark.parametrize("max_shard_size", [2**40, 300])
-def test_rows_are_written_in_any_order_from_any_thread(tmp_path, max_shard_size):
-    """Threads write what they have merged when they have it; each row must be where a reader looks for it."""
+def test_rows_are_written_in_any_order_from_any_thread(tmp_path, monkeypatch, max_shard_size, sync):
+    """Threads write what they have merged when they have it, while the disk is asked to keep up; each row must be
+    where a reader looks for it."""
+    monkeypatch.setattr(files, "_SYNC", sync)
     values = values_of(LAYOUT)
     pieces = [(name, i, min(i + 7, len(t))) for name, t in values.items() if t.ndim for i in range(0, len(t), 7)]
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(1)).tolist()
@@ -265,6 +268,23 @@ def test_a_file_that_is_not_complete_is_an_error(tmp_path):
         raise KeyboardInterrupt
     with pytest.raises(ValueError, match="closed file"):
         writer.write("scalar", values["scalar"])
+
+
+def test_a_disk_that_fails_later_is_an_error(tmp_path, monkeypatch):
+    """The system takes what is written before the disk has it: a merge must not be called whole before."""
+
+    def fail(descriptor):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        files.Writer(tmp_path, "model", LAYOUT, {"format": "pt"}, 2**40) as writer,
+    ):
+        for name, tensor in values_of(LAYOUT).items():
+            writer.write(name, tensor)
+    with pytest.raises(ValueError, match="closed file"):
+        writer._shards[0]._file.write(b"")
 
 
 def test_a_file_that_ends_while_it_is_read_is_an_error(tmp_path):
