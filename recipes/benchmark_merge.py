@@ -6,7 +6,8 @@
 The models are random, in the layout of a Llama of 1.5 billion parameters; they are made once. Each round runs every
 command once, in an order of its own, so that all see the same machine and none always finds in memory what another
 has read; medians over the rounds are printed, and `results.json` is written into the work directory. Throughput
-counts what is read and what is written.
+counts what is read and what is written, "to cp" compares it with that of `cp`. As `cp` writes all that it reads, and a
+merge a fraction, "by input" is the time of copying the merge's input files in times of the merge's.
 """
 
 import argparse
@@ -73,14 +74,14 @@ def make_model(directory: Path, layers: int, seed: int) -> None:
 
 
 def make_posterior(directory: Path, seed: int) -> None:
-    """Write a random posterior beside a model, unless it is there."""
+    """Write a random posterior beside a model, unless it is there; with a strong prior, as the presets leave it."""
     if (directory / "posterior_config.json").is_file():
         return
     mean = TensorFiles(directory, "model", [])
     generator = torch.Generator().manual_seed(seed)
     variance = {n: 1e-6 * (0.5 + torch.rand(e.shape, generator=generator)) for n, e in mean.entries.items()}
     config = PosteriorConfig(
-        ess=1e6, weight_decay=1e-6, hess_init=1.0, num_examples=10**6, num_tokens=None, steps=1, betas=(0.9, 0.99),
+        ess=1e6, weight_decay=0.6, hess_init=1.0, num_examples=10**6, num_tokens=None, steps=1, betas=(0.9, 0.99),
         estimator="ivon-price", mean_digest=mean_digest(mean),
     )  # fmt: skip
     save_posterior(Posterior(variance, config), directory, max_shard_size="100GB")
@@ -106,8 +107,8 @@ def run(command: list[str]) -> tuple[float, float]:
     return float(seconds), float(memory) / 1024
 
 
-def commands(arguments: argparse.Namespace, models: list[Path]) -> dict[str, tuple[list[str], int]]:
-    """Return what is timed, and the bytes that each reads and writes."""
+def commands(arguments: argparse.Namespace, models: list[Path]) -> dict[str, tuple[list[str], int, int]]:
+    """Return what is timed, and the bytes that each reads, and writes."""
     out = arguments.work_dir / "out"
     sizes = [sum(f.stat().st_size for f in m.glob("model*.safetensors")) for m in models]
     widths = [sum(f.stat().st_size for f in m.glob("posterior*.safetensors")) for m in models[1:]]
@@ -119,24 +120,26 @@ def commands(arguments: argparse.Namespace, models: list[Path]) -> dict[str, tup
         names = [file for model in models[1:] for file in sorted(model.glob(pattern))]
         return ["sh", "-c", " && ".join(f"cp {file} {out}/{file.parent.name}-{file.name}" for file in names)]
 
+    inputs, posteriors = sum(sizes[1:]), sum(widths)
     found = {
-        "cp": (cp("model*.safetensors"), 2 * sum(sizes[1:])),
-        "average": ([*merge, "--method", "average"], sum(sizes[1:]) + sizes[0]),
+        "cp": (cp("model*.safetensors"), inputs, inputs),
+        "average": ([*merge, "--method", "average"], inputs, sizes[0]),
         "task-arithmetic": (
             [*merge, "--method", "task-arithmetic", "--base-model", str(models[0])],
-            sum(sizes) + sizes[0],
+            inputs + sizes[0],
+            sizes[0],
         ),
     }
     if all(widths):
         uncertainty = [*merge, "--base-model", str(models[0])]
-        found["cp with posteriors"] = (cp("*.safetensors"), 2 * (sum(sizes[1:]) + sum(widths)))
-        found["uncertainty"] = (uncertainty, sum(sizes) + sum(widths) + sizes[0])
+        found["cp with posteriors"] = (cp("*.safetensors"), inputs + posteriors, inputs + posteriors)
+        found["uncertainty"] = (uncertainty, inputs + sizes[0] + posteriors, sizes[0])
     if arguments.mergekit:
         config = arguments.work_dir / "linear.yml"
         parts = "".join(f"  - model: {m}\n    parameters:\n      weight: 1.0\n" for m in models[1:])
         config.write_text(f"models:\n{parts}merge_method: linear\ndtype: bfloat16\n", encoding="utf-8")
         kit = [arguments.mergekit, str(config), str(out), "--no-copy-tokenizer", "--lazy-unpickle"]
-        found["mergekit linear"] = (kit, sum(sizes[1:]) + sizes[0])
+        found["mergekit linear"] = (kit, inputs, sizes[0])
     return found
 
 
@@ -161,19 +164,24 @@ def main(argv: list[str] | None = None) -> None:
     shuffled = random.Random(0)
     for _ in range(arguments.rounds):
         for name in shuffled.sample(list(todo), len(todo)):
-            command, _ = todo[name]
+            command, _, _ = todo[name]
             shutil.rmtree(out, ignore_errors=True)
             if name.startswith("cp"):
                 out.mkdir()
             os.sync()  # what another command has left to be written to the disk is not this one's to wait for
             found.setdefault(name, []).append(run(command))
     shutil.rmtree(out, ignore_errors=True)
+    medians = {name: [statistics.median(column) for column in zip(*runs, strict=True)] for name, runs in found.items()}
     rows = []
-    for name, (_, size) in todo.items():
-        seconds, memory = (statistics.median(column) for column in zip(*found[name], strict=True))
-        rows.append([name, seconds, size / seconds / 2**30, memory])
+    for name, (_, read, written) in todo.items():
+        peer = "cp with posteriors" if name in ("cp with posteriors", "uncertainty") else "cp"
+        (seconds, memory), (copying, _) = medians[name], medians[peer]
+        _, copied, _ = todo[peer]
+        moved = (read + written) / seconds
+        ratios = [moved / (2 * copied / copying), (read / seconds) / (copied / copying)]
+        rows.append([name, seconds, moved / 2**30, *ratios, memory])
     common.write_results(str(arguments.work_dir), {"rows": rows, "rounds": found})
-    print(common.table(rows, ["", "seconds", "GiB/s", "peak MiB"]))
+    print(common.table(rows, ["", "seconds", "GiB/s", "to cp", "by input", "peak MiB"]))
 
 
 if __name__ == "__main__":

@@ -71,8 +71,14 @@ def test_benchmark_measures_every_command(tmp_path, monkeypatch, capsys):
     benchmark_merge.main(flags)
     rows = {row[0]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
     assert list(rows) == ["cp", "average", "task-arithmetic", "cp with posteriors", "uncertainty"]
-    assert all(seconds > 0 and memory > 1 for _, seconds, _, memory in rows.values())
-    assert rows["cp"][3] < rows["average"][3], "the memory is that of another process"
+    assert all(seconds > 0 and memory > 1 for _, seconds, *_, memory in rows.values())
+    assert rows["cp"][-1] < rows["average"][-1], "the memory is that of another process"
+    for name in ("cp", "cp with posteriors"):
+        assert rows[name][3:5] == [1, 1]
+    time_of = {name: row[1] for name, row in rows.items()}
+    # two models are copied or read, and one is written: copying moves four, averaging three
+    assert rows["average"][3] == pytest.approx(3 / 4 * time_of["cp"] / time_of["average"])
+    assert rows["average"][4] == pytest.approx(time_of["cp"] / time_of["average"])
     assert "peak MiB" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="The command failed: false"):
         benchmark_merge.run(["false"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from hf_ivon.merge.files import Checkpoint, row_blocks
 from hf_ivon.merge.plan import Plan
 from hf_ivon.posterior_config import PosteriorConfig
 
-_READ = 2**22  # weights that are read at a time
+_READ = 2**18  # weights that are read at a time: few for the cache, many for the interpreter
 
 
 def variances_of(model: Checkpoint, name: str, start: int, stop: int) -> Tensor:
@@ -91,11 +93,16 @@ def limit_prior(plan: Plan) -> Plan:
     weights = len(plan.models) * sum(plan.layout[n].numel for n in names)
     enough = weights * max(_prior(plan, n) for n in names)
     total = 0.0
-    for name in names:
-        for model in plan.models:
-            total += _sum_of_hessians(model, name)
-            if total >= enough:  # the average is above the prior, whatever the other tensors hold
-                return plan
+    with ThreadPoolExecutor(os.cpu_count() or 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        sums = [pool.submit(_sum_of_hessians, model, name) for name in names for model in plan.models]
+        try:
+            for found in sums:
+                total += found.result()
+                if total >= enough:  # the average is above the prior, whatever the other tensors hold
+                    return plan
+        finally:
+            for found in sums:
+                found.cancel()
     return dataclasses.replace(plan, prior_limit=total / weights or math.inf)  # without any curvature, only the prior
 
 
@@ -113,7 +120,9 @@ def _without_base_hessian(plan: Plan) -> list[str]:
 def _sum_of_hessians(model: Checkpoint, name: str) -> float:
     assert model.posterior is not None  # the plan made sure
     total = 0.0
-    for start, stop in row_blocks(model.posterior.entries[name].shape, _READ):
+    shape = model.posterior.entries[name].shape
+    model.posterior.expect(name, 0, shape[0] if shape else 1)
+    for start, stop in row_blocks(shape, _READ):
         precision = variances_of(model, name, start, stop).reciprocal_()
         total += float(hessian(model.config, name, precision).sum(dtype=torch.float64))
     return total
