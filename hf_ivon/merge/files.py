@@ -94,7 +94,8 @@ class Checkpoint:
     @property
     def short_name(self) -> str:
         """The last part of the name, which heads and data sets go by."""
-        return Path(self.name.partition("@")[0] if not Path(self.name).is_dir() else self.name).resolve().name
+        name = self.name if Path(self.name).is_dir() else self.name.partition("@")[0]
+        return os.path.basename(os.path.abspath(name))  # of a link its own name, and not that of what it leads to
 
     def json(self, file: str) -> dict[str, Any]:
         """Return a JSON file of the directory, empty if there is none; a `ValueError` if it is broken."""

@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 from hf_ivon.merge.adapters import MODES, space_problems
 from hf_ivon.merge.files import Checkpoint
+from hf_ivon.merge.matching import base_names, compare, settle
 from hf_ivon.merge.vocabulary import tokenizer_problems, unite
 from hf_ivon.tensor_files import Entry
 
 NEEDS_BASE = ("uncertainty", "task-arithmetic", "ties", "dare")
 NEEDS_POSTERIOR = ("uncertainty", "gaussian", "fisher")
+_HEADS = ("classifier", "score", "out_proj")  # what Transformers calls the layer whose rows are classes
 METHODS = ("uncertainty", "gaussian", "fisher", "average", "task-arithmetic", "ties", "dare")
 
 
@@ -31,7 +33,7 @@ class Plan:
         merged: Names that the rule is applied to.
         kept: Names that are taken from one model.
         dropped: Names that are left out, or that go into the heads if these are kept apart.
-        base_prefix: What the base's names lack in front, such as "bert.".
+        base_names: What the base calls the tensors that are merged.
         separate: Whether each model's head is kept apart.
         added_tokens: What the first model's tokenizer lacked, if the tokens of all were united.
         products: "concat" or "svd" if the models are adapters whose products are merged; then there is no layout.
@@ -50,7 +52,7 @@ class Plan:
     merged: list[str]
     kept: dict[str, Checkpoint]
     dropped: list[str]
-    base_prefix: str
+    base_names: dict[str, str]
     separate: bool = False
     added_tokens: list[str] | None = None
     products: str | None = None
@@ -62,7 +64,7 @@ class Plan:
 
     def base_name(self, name: str) -> str:
         """Return a tensor's name in the base."""
-        return name.removeprefix(self.base_prefix)
+        return self.base_names.get(name, name)
 
     def has_posterior(self, name: str) -> bool:
         """Tell whether every model has a variance for a tensor."""
@@ -139,7 +141,9 @@ def make_plan(
     if needs_base and base_model is None:
         problems.append(f"`base_model` must be given for {method}, which starts from it")
     opened = [Checkpoint.open(m, problems) for m in models]
-    base = Checkpoint.open(base_model, problems) if base_model is not None and needs_base else None
+    # Where the rule needs no base, it tells the heads, which it lacks, from the tensors that are merged.
+    wanted = base_model is not None and (needs_base or (heads is not None and not products and not into_base))
+    base = Checkpoint.open(base_model, problems) if base_model is not None and wanted else None
     fold_into = None
     if products or into_base or any(m.is_adapter for m in opened):
         problems += _adapter_problems(opened, base, method, adapters)
@@ -157,13 +161,12 @@ def make_plan(
     problems += _posterior_problems([m for m in [*opened, base] if m is not None])
     added = _united(opened, base, tokenizer, problems)
     # Models without tensors are named already.
-    common, different = ([], []) if products else _compare([m for m in opened if m.tensors])
-    prefix = _base_prefix(common, base)
-    if base is not None:
-        lost = [n for n in common if not _same(base, n.removeprefix(prefix), opened[0].tensors.entries[n])]
-        different += lost
-        common = [n for n in common if n not in set(lost)]
-    kept, dropped = _settle(different, heads, opened, problems)
+    common, different = ([], []) if products else compare([m for m in opened if m.tensors])
+    of_base = {} if base is None else base_names({n: opened[0].tensors.entries[n] for n in common}, base)
+    lost = [] if base is None else [n for n in common if n not in of_base]
+    common = [n for n in common if n not in set(lost)]
+    kept, dropped = settle(different, lost, heads, opened, problems) if not products else ({}, [])
+    problems += _label_problems(opened, [n for n in common if n not in kept])
     numbers = _weights(opened, weights, problems)
     if not common and not products and not problems:
         problems.append("the models have no tensor in common")
@@ -174,14 +177,14 @@ def make_plan(
     separate = heads == "separate" and bool(dropped)
     return Plan(
         models=opened,
-        base=base,
+        base=base if needs_base else None,
         method=method,
         weights=numbers,
         layout=tensors,
         merged=common,
         kept=kept,
         dropped=dropped,
-        base_prefix=prefix,
+        base_names=of_base,
         separate=separate,
         added_tokens=added,
         products=adapters,
@@ -266,6 +269,21 @@ def _base_problems(models: Sequence[Checkpoint]) -> list[str]:
     return [f"the models were finetuned from different ones ({listed}): if these are one, name it by --base-model"]
 
 
+def _label_problems(models: Sequence[Checkpoint], merged: Sequence[str]) -> list[str]:
+    """Look for models that have the same classes in another order, where their heads are merged."""
+    labels: list[dict[str, Any]] = [m.json("config.json").get("id2label") or {} for m in models]
+    shapes = {n: models[0].tensors.entries[n].shape for n in merged}
+    heads = [n for n, s in shapes.items() if n.split(".")[-2:][0] in _HEADS and s[:1] == (len(labels[0]),)]
+    for model, own in zip(models, labels, strict=True):
+        first = next((k for k, v in labels[0].items() if own.get(k) != v), None)
+        if heads and first is not None and set(own.values()) == set(labels[0].values()):
+            return [
+                f"the models order their classes differently ({first} is {labels[0][first]!r} in {models[0].name}, "
+                f"and {own.get(first)!r} in {model.name}): retrain one, or pass --heads separate and --base-model"
+            ]
+    return []
+
+
 def _posterior_problems(checkpoints: Sequence[Checkpoint]) -> list[str]:
     problems = []
     for checkpoint in checkpoints:
@@ -287,56 +305,3 @@ def _united(
         return None
     problems += tokenizer_problems(models, tokenizer == "union")
     return unite(models, base) if tokenizer == "union" and not problems else None
-
-
-def _compare(models: Sequence[Checkpoint]) -> tuple[list[str], list[str]]:
-    """Return the names that all models have in one shape, and the others."""
-    common: list[str] = []
-    different: list[str] = []
-    for name in dict.fromkeys(n for m in models for n in m.tensors.entries):
-        entries = [m.tensors.entries.get(name) for m in models]
-        alike = all(e is not None and entries[0] is not None and e.shape == entries[0].shape for e in entries)
-        (common if alike else different).append(name)
-    return common, different
-
-
-def _same(base: Checkpoint, name: str, entry: Entry) -> bool:
-    found = base.tensors.entries.get(name)
-    return found is not None and found.shape == entry.shape
-
-
-def _base_prefix(names: Sequence[str], base: Checkpoint | None) -> str:
-    """Return what the base's names lack in front: an encoder saved alone has none of the "bert." of a classifier's."""
-    if base is None or any(n in base.tensors.entries for n in names):
-        return ""
-    prefixes = {n.partition(".")[0] + "." for n in names}
-    found = {p: sum(n.removeprefix(p) in base.tensors.entries for n in names if n.startswith(p)) for p in prefixes}
-    best = max(found, key=found.__getitem__, default="")
-    return best if found.get(best) else ""
-
-
-def _settle(
-    different: list[str], heads: str | None, models: Sequence[Checkpoint], problems: list[str]
-) -> tuple[dict[str, Checkpoint], list[str]]:
-    """Decide about tensors that cannot be merged."""
-    if heads == "separate" and len({m.short_name for m in models}) < len(models):
-        problems.append("two models have the same last part of their name, and so would their heads: rename one")
-    if not different or heads in ("drop", "separate"):
-        return {}, different
-    if heads is not None and heads.startswith("keep:"):
-        wanted = heads.removeprefix("keep:")
-        for model in models:
-            if wanted in (model.name, model.short_name):
-                kept = {n: model for n in different if n in model.tensors.entries}
-                return kept, [n for n in different if n not in kept]
-        problems.append(f"`heads` names {wanted!r}, which is none of {', '.join(m.name for m in models)}")
-    elif heads is not None:
-        problems.append(f"`heads` must be 'drop', 'separate' or 'keep:MODEL', got {heads!r}")
-    else:
-        listed = ", ".join(f"`{n}`" for n in different[:5]) + (" ..." if len(different) > 5 else "")
-        problems.append(
-            f"{len(different)} tensors are not in all models (and the base) in one shape, such as {listed}: pass "
-            f"--heads drop to leave them out, --heads separate to keep those of each model apart, or --heads "
-            f"keep:MODEL to take them from one"
-        )
-    return {}, []
