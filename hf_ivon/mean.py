@@ -81,12 +81,13 @@ def match_problems(expected: Mapping[str, Any], present: Mapping[str, Any]) -> l
     return problems
 
 
-def mean_digest(mean: Mapping[str, Tensor], names: Iterable[str] | None = None) -> str:
+def mean_digest(mean: Mapping[str, Tensor], names: Iterable[str] | None = None, prefix: str = "") -> str:
     """Return a digest that pairs a posterior with the mean it belongs to.
 
     Args:
         mean: Tensors by name.
         names: Which of them; None is all.
+        prefix: What the posterior's names have before these, where the mean is a module of what was trained.
 
     Returns:
         SHA-256 over names, dtypes, shapes and raw bytes, in the order of names, as a hexadecimal string.
@@ -94,7 +95,7 @@ def mean_digest(mean: Mapping[str, Tensor], names: Iterable[str] | None = None) 
     digest = hashlib.sha256()
     for name in sorted(mean if names is None else names):
         tensor = distributed.full(mean[name]).cpu().contiguous()
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(f"{prefix}{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

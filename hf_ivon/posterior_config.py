@@ -78,6 +78,17 @@ class PosteriorConfig:
         value = getattr(self, name)
         return value[key] if isinstance(value, dict) else value
 
+    def of_module(self, prefix: str) -> PosteriorConfig:
+        """Return the same for the tensors of one module, by the names that they have in it."""
+
+        def inside(value: Any) -> Any:
+            names = [n for n in value if n.startswith(prefix)] if isinstance(value, dict) else None
+            return value if names is None else {n.removeprefix(prefix): value[n] for n in names}
+
+        return dataclasses.replace(
+            self, ess=inside(self.ess), weight_decay=inside(self.weight_decay), hess_init=inside(self.hess_init)
+        )
+
 
 def config_problems(values: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the JSON form of a `PosteriorConfig`, one string a problem.
@@ -103,15 +114,15 @@ def config_problems(values: Mapping[str, Any]) -> list[str]:
         return all(number(v, zero) for v in values)
 
     def count(value: Any) -> bool:
-        return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+        return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
 
     rules = {
         "ess": (scalar, "a positive number, or one by tensor name"),
         "weight_decay": (lambda v: scalar(v, zero=True), "a number of at least 0, or one by tensor name"),
         "hess_init": (scalar, "a positive number, or one by tensor name"),
-        "num_examples": (count, "a whole number or null"),
-        "num_tokens": (count, "a whole number or null"),
-        "steps": (lambda v: v is not None and count(v), "a whole number"),
+        "num_examples": (count, "a whole number above 0, or null"),
+        "num_tokens": (count, "a whole number above 0, or null"),
+        "steps": (lambda v: v == 0 or (v is not None and count(v)), "a whole number"),
         "betas": (
             lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(number(b, True) for b in v),
             "a pair",

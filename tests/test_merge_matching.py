@@ -1,16 +1,19 @@
 """Which tensors of the models and of the base a merge puts together, and which it asks about."""
 
+import dataclasses
 import json
 import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import BertModel
 
+from hf_ivon import Posterior, load_posterior, save_posterior
 from hf_ivon.merge import load_head, merge
 from tests import tiny
-from tests.test_merge import models, save, tensors
+from tests.test_merge import SIZES, models, posterior_of, save, tensors
 
 __all__ = ["models"]
 
@@ -109,3 +112,80 @@ def test_a_model_to_keep_is_named_so_that_there_is_one(models):
         merge(mixed, directory / "out", method="average", heads="keep:best")
     merge(mixed, directory / "out", method="average", heads=f"keep:{mixed[1]}")
     assert tensors(directory / "out")["classifier.weight"].shape == (4, 16)
+
+
+def sentence_encoder(directory, seed):
+    """Save an encoder as a SentenceTransformer does, with a posterior by the names of the whole."""
+    encoder = tiny.bert(seed=seed).bert
+    encoder.save_pretrained(directory)
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "t"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "p"},
+    ]
+    (directory / "modules.json").write_text(json.dumps(modules))
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    whole = nn.Sequential(nn.ModuleDict({"model": encoder}))
+    posterior, _ = posterior_of(whole, 100, torch.Generator().manual_seed(seed))
+    config = dataclasses.replace(posterior.config, ess={n: 200.0 + i for i, n in enumerate(posterior.variance)})
+    save_posterior(Posterior(posterior.variance, config), directory)
+    return encoder, posterior.variance
+
+
+def test_the_posterior_of_a_sentence_encoder_is_used(tmp_path):
+    """Its names are those of the whole, `0.model.embeddings...`, and the file's are the encoder's: the rules that
+    weigh by posteriors were plain averaging, and what the modules need to load was left behind."""
+    kept = {n: sentence_encoder(tmp_path / n, seed) for n, seed in (("a", 1), ("b", 2))}
+    names = [str(tmp_path / n) for n in kept]
+    report = merge(names, tmp_path / "out", method="gaussian")
+    assert report["without_posterior"] == []
+    found = tensors(tmp_path / "out")
+    parts = [(dict(encoder.named_parameters()), variance) for encoder, variance in kept.values()]
+    for key, value in found.items():
+        precisions = [1 / variance[f"0.model.{key}"] for _, variance in parts]
+        weighted = sum(p * mean[key] for p, (mean, _) in zip(precisions, parts, strict=True))
+        torch.testing.assert_close(value, weighted / sum(precisions))
+    encoder = BertModel.from_pretrained(tmp_path / "out", add_pooling_layer=True)
+    posterior = load_posterior(tmp_path / "out", nn.Sequential(nn.ModuleDict({"model": encoder})))
+    assert posterior.config.ess["0.model.embeddings.LayerNorm.bias"] == sum(
+        load_posterior(n).config.ess["0.model.embeddings.LayerNorm.bias"] for n in names
+    )
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").is_file()
+    file = tmp_path / "b" / "model.safetensors"
+    save_file({k: t + 1 for k, t in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="the posterior of .*b does not belong to the weights beside it"):
+        merge(names, tmp_path / "no", method="gaussian")
+
+
+def test_what_a_merge_would_lose_is_refused(tmp_path):
+    """A dense layer behind the encoder has a file of its own, which would be missing, or one model's."""
+    names = [str(tmp_path / n) for n in "ab"]
+    for name, seed in zip(names, (1, 2), strict=True):
+        sentence_encoder(tmp_path / name[-1], seed)
+    save_file({"linear.weight": torch.ones(2, 2)}, tmp_path / "b" / "1_Pooling" / "model.safetensors")
+    with pytest.raises(ValueError, match="b: its module 1_Pooling has weights of its own"):
+        merge(names, tmp_path / "out", method="average")
+
+
+def test_posteriors_by_other_names_than_the_files_are_refused(models):
+    """Some models are renamed when they are loaded; merged by rules without posteriors, nobody would know."""
+    directory, names, _ = models
+    for name in names:
+        posterior = load_posterior(name)
+        other = {n.replace(".", "_"): v for n, v in posterior.variance.items()}
+        save_posterior(Posterior(other, posterior.config), name)
+    with pytest.raises(ValueError, match="no tensor that would be merged has a variance in every .*average"):
+        merge(names, directory / "out", method="gaussian")
+
+
+def test_a_weighted_product_counts_weighted_examples(models):
+    """A model with weight 0 has no examples in the merge: with them, merging again would trust it too much."""
+    directory, names, _ = models
+    merge(names[:2], directory / "out", method="gaussian", weights=[1.0, 0.0])
+    assert load_posterior(directory / "out").config.num_examples == SIZES[0]
+    merge(names[:2], directory / "half", method="gaussian", weights=[0.5, 2.0])
+    assert load_posterior(directory / "half").config.num_examples == round(0.5 * SIZES[0] + 2 * SIZES[1])
+    rest = (names[2], "fisher")
+    merge([str(directory / "out"), rest[0]], directory / "again", method=rest[1])
+    merge([names[0], rest[0]], directory / "plain", method=rest[1])
+    torch.testing.assert_close(tensors(directory / "again"), tensors(directory / "plain"), rtol=1e-5, atol=1e-6)

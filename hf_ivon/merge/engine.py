@@ -22,7 +22,7 @@ from hf_ivon.json_files import write_json
 from hf_ivon.mean import mean_digest
 from hf_ivon.merge import report as reporting
 from hf_ivon.merge.adapters import fold, merge_products
-from hf_ivon.merge.files import Checkpoint, Writer, replace_in_header
+from hf_ivon.merge.files import Checkpoint, Writer, module_directories, replace_in_header
 from hf_ivon.merge.heads import write_heads
 from hf_ivon.merge.hessians import limit_prior, limited_prior, number_for_base, start_trust
 from hf_ivon.merge.plan import NEEDS_POSTERIOR, Plan, make_plan
@@ -205,7 +205,7 @@ def _pair_problems(plan: Plan) -> list[str]:
         names = model.posterior.entries.keys()
         mean: Any = getattr(model.tensors, "original", model.tensors)
         # Some models are saved with tensors renamed; their posterior cannot be told from here.
-        if names <= mean.keys() and mean_digest(mean, names) != model.config.mean_digest:
+        if names <= mean.keys() and mean_digest(mean, names, model.prefix) != model.config.mean_digest:
             problems.append(f"the posterior of {model.name} does not belong to the weights beside it")
     return problems
 
@@ -234,7 +234,8 @@ def _write(
     is_adapter = plan.models[0].is_adapter
     stem, size = ("adapter_model", 2**62) if is_adapter else ("model", max_shard_size)
     with_posterior = [n for n in plan.layout if plan.method == "gaussian" and plan.trusts(n)]
-    variances = {name: (torch.float32, plan.layout[name].shape) for name in with_posterior}
+    prefix = plan.models[0].prefix
+    variances = {prefix + name: (torch.float32, plan.layout[name].shape) for name in with_posterior}
     statistics = {name: reporting.TensorStatistics(len(plan.models)) for name in plan.layout}
     with (
         Writer(work, stem, layout, {"format": "pt"}, size) as mean_file,
@@ -245,7 +246,7 @@ def _write(
         def write(name: str, rows: Tensor, start: int, variance: Tensor | None) -> None:
             mean_file.write(name, rows, start)
             if variance is not None:
-                posterior_file.write(name, variance, start)
+                posterior_file.write(prefix + name, variance, start)
 
         dtypes = {name: wanted for name, (wanted, _) in layout.items()}
         # Closed before the files are: no thread may write into one that is.
@@ -272,6 +273,7 @@ def _dtype(entry: Entry, dtype: torch.dtype | None) -> torch.dtype:
 def _complete_posterior(plan: Plan, work: Path, names: Iterable[str], stem: str, files: Sequence[Path]) -> None:
     """Write what the product of the posteriors is: their effective sample sizes add up, their priors are averaged."""
     configs = [m.config for m in plan.models if m.config is not None]
+    prefix = plan.models[0].prefix
 
     def of(key: str) -> float | dict[str, float]:
         by_name = {}
@@ -279,24 +281,28 @@ def _complete_posterior(plan: Plan, work: Path, names: Iterable[str], stem: str,
             scale = [w * c.of("ess", name) for w, c in zip(plan.weights, configs, strict=True)]
             values = [1.0] * len(scale) if key == "ess" else [c.of(key, name) for c in configs]
             total = sum(s * v for s, v in zip(scale, values, strict=True))
-            by_name[name] = total if key == "ess" else total / sum(scale)
+            by_name[prefix + name] = total if key == "ess" else total / sum(scale)
         return next(iter(by_name.values())) if len(set(by_name.values())) == 1 else by_name
 
-    digest = mean_digest(TensorFiles(work, stem, []), names)
+    digest = mean_digest(TensorFiles(work, stem, []), names, prefix)
     for file in files:
         replace_in_header(file, PLACEHOLDER, digest)
     index = work / "posterior.safetensors.index.json"
     if index.is_file():
         index.write_text(index.read_text(encoding="utf-8").replace(PLACEHOLDER, digest), encoding="utf-8")
-    counts = [c.num_examples for c in configs]
-    tokens = [c.num_tokens for c in configs]
+
+    def count(counts: Sequence[int | None]) -> int | None:
+        """Return how many examples there were, each model's as often as its weight says, as in the precision."""
+        known = [w * c for w, c in zip(plan.weights, counts, strict=True) if c is not None]
+        return max(1, round(sum(known))) if len(known) == len(counts) else None
+
     config = dataclasses.replace(
         configs[0],
         ess=of("ess"),
         weight_decay=of("weight_decay"),
         hess_init=of("hess_init"),
-        num_examples=None if None in counts else sum(c for c in counts if c is not None),
-        num_tokens=None if None in tokens else sum(t for t in tokens if t is not None),
+        num_examples=count([c.num_examples for c in configs]),
+        num_tokens=count([c.num_tokens for c in configs]),
         steps=sum(c.steps for c in configs),
         estimator="merge-gaussian",
         mean_digest=digest,
@@ -312,3 +318,6 @@ def _carry_over(source: Checkpoint, work: Path) -> None:
         wanted = file.is_file() and not weights and not file.name.startswith((".", *_LEFT_BEHIND))
         if wanted and not (work / file.name).exists():
             shutil.copyfile(file, work / file.name)
+    for module in module_directories(source.directory):  # of a SentenceTransformer: such as how to pool
+        if module.is_dir() and not (work / module.name).exists():
+            shutil.copytree(module, work / module.name)

@@ -50,6 +50,8 @@ class Checkpoint:
         tensors: The mean.
         posterior: The variances; None if there is no posterior.
         config: What they were learnt with; None if there is no posterior.
+        prefix: What the posterior's own names have before those of the mean, such as "0.model." where the mean is a
+            module of a SentenceTransformer; `posterior` and `config` go by the names of the mean.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Checkpoint:
     tensors: Rows
     posterior: Rows | None
     config: PosteriorConfig | None
+    prefix: str = ""
 
     @classmethod
     def open(cls, name: str, problems: list[str]) -> Checkpoint:
@@ -84,12 +87,18 @@ class Checkpoint:
         is_adapter = (directory / "adapter_config.json").is_file()
         wrong: list[str] = []
         tensors = TensorFiles(directory, "adapter_model" if is_adapter else "model", wrong)
-        posterior = config = None
+        posterior: Rows | None = None
+        config, prefix = None, ""
         if posterior_files(directory):
             config, posterior = open_posterior(directory, wrong)
+            prefix = _prefix(posterior.entries, tensors.entries)
+        if prefix and posterior is not None:
+            posterior = _Module(posterior, prefix)
+            config = None if config is None else config.of_module(prefix)
+        wrong += _module_problems(directory)
         if directory.is_dir():
             problems += [f"{name}: {problem}" for problem in wrong]
-        return cls(name, directory, is_adapter, tensors, posterior, config)
+        return cls(name, directory, is_adapter, tensors, posterior, config, prefix)
 
     @property
     def short_name(self) -> str:
@@ -107,6 +116,70 @@ class Checkpoint:
         if value is None:
             raise ValueError(f"The model {self.name} cannot be used: {problems[0]}. Download or save it again.")
         return value
+
+
+class _Module:
+    """A posterior's tensors of one module, by the names that they have in it.
+
+    Args:
+        original: The tensors.
+        prefix: What their names have before those in the module.
+    """
+
+    def __init__(self, original: Rows, prefix: str) -> None:
+        self._original, self._prefix = original, prefix
+        self.entries = {n.removeprefix(prefix): e for n, e in original.entries.items() if n.startswith(prefix)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._original[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def expect(self, name: str, start: int, stop: int) -> None:
+        """Let the system begin to read rows."""
+        self._original.expect(self._prefix + name, start, stop)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows of a tensor."""
+        return self._original.rows(self._prefix + name, start, stop)
+
+
+def _prefix(posterior: Mapping[str, Entry], mean: Mapping[str, Entry]) -> str:
+    """Return what a posterior's names have before those of the mean; nothing if they are the same, or unlike."""
+    if any(name in mean for name in posterior):
+        return ""
+    for name in posterior:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            if ".".join(parts[i:]) in mean:
+                return ".".join(parts[:i]) + "."
+    return ""
+
+
+def module_directories(directory: Path) -> list[Path]:
+    """Return where a SentenceTransformer keeps its modules beside the first one, whose files are in its directory."""
+    file = directory / "modules.json"
+    modules = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return [directory / m["path"] for m in modules if m.get("path")]
+
+
+def _module_problems(directory: Path) -> list[str]:
+    try:
+        modules = module_directories(directory)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
+        return [f"modules.json cannot be read ({err})"]
+    return [
+        f"its module {module.name} has weights of its own, which cannot be merged: merge the transformer alone"
+        for module in modules
+        if any(module.rglob("*.safetensors")) or any(module.rglob("*.bin"))
+    ]
 
 
 class Writer:

@@ -167,6 +167,8 @@ def make_plan(
     common = [n for n in common if n not in set(lost)]
     kept, dropped = settle(different, lost, heads, opened, problems) if not products else ({}, [])
     problems += _label_problems(opened, [n for n in common if n not in kept])
+    if method in NEEDS_POSTERIOR and not products:
+        problems += _name_problems(opened, common)
     numbers = _weights(opened, weights, problems)
     if not common and not products and not problems:
         problems.append("the models have no tensor in common")
@@ -267,6 +269,18 @@ def _base_problems(models: Sequence[Checkpoint]) -> list[str]:
         return []
     listed = ", ".join(f"{name} from {base}" for name, base in said.items())
     return [f"the models were finetuned from different ones ({listed}): if these are one, name it by --base-model"]
+
+
+def _name_problems(models: Sequence[Checkpoint], common: Sequence[str]) -> list[str]:
+    """Look for posteriors that go by other names than the files: the rule would be one without posteriors."""
+    posteriors = [m.posterior.entries for m in models if m.posterior is not None]
+    if not common or len(posteriors) < len(models) or any(all(n in p for p in posteriors) for n in common):
+        return []
+    names = ", ".join(f"`{next(iter(p), '')}`" for p in posteriors)
+    return [
+        f"no tensor that would be merged has a variance in every posterior: the files have names such as "
+        f"`{common[0]}`, the posteriors {names}; choose --method average"
+    ]
 
 
 def _label_problems(models: Sequence[Checkpoint], merged: Sequence[str]) -> list[str]:
