@@ -99,7 +99,7 @@ def test_a_revision_is_asked_for(models, monkeypatch):
     directory, names, _ = models
     asked = []
 
-    def snapshot_download(repository, revision, allow_patterns):
+    def snapshot_download(repository, revision, **patterns):
         asked.append((repository, revision))
         return names[0]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -49,8 +51,12 @@ _LEFT_BEHIND = (
     "all_results",
     "train_results",
     "eval_results",
+    "sensitivity",
+    "sweep",
     REPORT_NAME,
 )
+_OTHER_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".gguf")  # of the weights
+_FIGURES = (".png", ".svg", ".pdf", ".jpg")  # they show the model that was merged
 
 
 def merge(
@@ -104,8 +110,9 @@ def merge(
 
     Raises:
         ValueError: If something is wrong with the models or the settings; all problems are named, nothing is written.
+        OSError: If it cannot be written; a merge that is whole is kept where the message says.
     """
-    target = Path(output_dir)
+    target = Path(os.path.realpath(output_dir))
     plan = make_plan(
         [str(m) for m in models],
         None if base_model is None else str(base_model),
@@ -126,6 +133,7 @@ def merge(
     plan = limit_prior(plan)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    stays = False
     try:
         if plan.products is None:
             report["tensors"] = _write_checked(plan, work, dtype, max_shard_size)
@@ -141,17 +149,48 @@ def merge(
             write_heads(plan, work)
         if plan.fold_into is not None:
             _fold(plan.fold_into, work, max_shard_size)
+        if dtype is not None:
+            _write_dtype(work / "config.json", dtype)
         (work / "README.md").write_text(reporting.card(report), encoding="utf-8")
         write_json(work / REPORT_NAME, report)
-        if target.is_dir():
-            target.rmdir()  # the plan made sure that it is empty
         os.chmod(work, 0o755)
-        os.replace(work, target)
+        try:
+            _put(work, target)
+        except OSError as err:
+            stays = True
+            raise OSError(f"The merge is whole in {work}, but cannot be moved to {target} ({err}). Move it.") from err
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if not stays:
+            shutil.rmtree(work, ignore_errors=True)
     for note in report["notes"]:
         logger.warning("%s", note)
     return report
+
+
+def _put(work: Path, target: Path) -> None:
+    """Let a merge that is whole appear where it is wanted."""
+    if target.is_dir() and not os.path.samefile(target, os.getcwd()):
+        with contextlib.suppress(OSError):  # as of a mount point
+            target.rmdir()  # the plan made sure that it is empty
+    if not target.exists():
+        os.replace(work, target)
+        return
+    for entry in sorted(work.iterdir(), key=lambda e: e.name == "config.json"):  # last, as nothing loads without it
+        shutil.move(entry, target / entry.name)
+
+
+def _write_dtype(file: Path, dtype: torch.dtype) -> None:
+    """Have a model's configuration say what its weights are saved in, which is what it is loaded in."""
+
+    def told(config: Any) -> Any:
+        if not isinstance(config, dict):
+            return config
+        name = str(dtype).removeprefix("torch.")
+        return {k: name if k in ("dtype", "torch_dtype") and v is not None else told(v) for k, v in config.items()}
+
+    if file.is_file():
+        name = str(dtype).removeprefix("torch.")
+        write_json(file, {**told(json.loads(file.read_text(encoding="utf-8"))), "dtype": name})
 
 
 def _write_checked(plan: Plan, work: Path, dtype: torch.dtype | None, max_shard_size: int | str) -> dict[str, Any]:
@@ -314,8 +353,8 @@ def _complete_posterior(plan: Plan, work: Path, names: Iterable[str], stem: str,
 def _carry_over(source: Checkpoint, work: Path) -> None:
     """Copy configuration, tokenizer, templates and licence, where there are none yet."""
     for file in sorted(source.directory.iterdir()):
-        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth") or file.name.endswith(".index.json")
-        wanted = file.is_file() and not weights and not file.name.startswith((".", *_LEFT_BEHIND))
+        stale = file.suffix in (*_OTHER_FORMATS, *_FIGURES) or file.name.endswith(".index.json")
+        wanted = file.is_file() and not stale and not file.name.startswith((".", *_LEFT_BEHIND))
         if wanted and not (work / file.name).exists():
             shutil.copyfile(file, work / file.name)
     for module in module_directories(source.directory):  # of a SentenceTransformer: such as how to pool

@@ -22,6 +22,12 @@ from hf_ivon.json_files import read_json, write_json
 from hf_ivon.posterior_config import PosteriorConfig
 from hf_ivon.tensor_files import DTYPES, Entry, TensorFiles
 
+# Of a repository: the model, its posterior, and what it is used with; neither other formats of it, nor checkpoints.
+_WANTED = [
+    *(f"{stem}*.safetensors" for stem in ("model", "adapter_model", "posterior")),
+    *("*.json", "*.txt", "*.model", "*.bpe", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*"),
+]
+_UNWANTED = ["checkpoint-*/*", "onnx/*", "openvino/*", "original/*", "runs/*"]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SYNC = 2**28  # bytes that are written before the disk is asked for them: it is slow, and has to begin early
 
@@ -78,9 +84,12 @@ class Checkpoint:
             from huggingface_hub import snapshot_download
 
             repository, _, revision = name.partition("@")
-            patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
             try:
-                directory = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+                directory = Path(
+                    snapshot_download(
+                        repository, revision=revision or None, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+                    )
+                )
             except (OSError, ValueError) as err:
                 problems.append(f"{name} is neither a directory nor can it be downloaded ({err})")
                 directory = Path(os.devnull)

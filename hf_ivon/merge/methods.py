@@ -157,6 +157,8 @@ def fisher(models: Sequence[Tensor], hessians: Sequence[Tensor], weights: Sequen
 def ties(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], thresholds: Sequence[float]) -> Tensor:
     """Return the base with the models' differences trimmed, their signs elected and the agreeing ones averaged.
 
+    A model with weight 0 has no vote.
+
     Args:
         base: Weights that every model was finetuned from.
         models: Tensors of its shape.
@@ -171,9 +173,9 @@ def ties(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], thres
     """
     from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, reshape_weight_task_tensors
 
-    differences = [m - base for m in models]
-    kept = torch.stack([torch.where(d.abs() >= t, d, 0.0) for d, t in zip(differences, thresholds, strict=True)])
-    scaled = kept * reshape_weight_task_tensors(kept, torch.tensor(weights, dtype=base.dtype))
+    voting = [(m - base, w, t) for m, w, t in zip(models, weights, thresholds, strict=True) if w]
+    kept = torch.stack([torch.where(difference.abs() >= t, difference, 0.0) for difference, _, t in voting])
+    scaled = kept * reshape_weight_task_tensors(kept, torch.tensor([w for _, w, _ in voting], dtype=base.dtype))
     return base + disjoint_merge(scaled, calculate_majority_sign_mask(kept))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,6 +260,10 @@ def _settings_problems(
         problems.append(f"`base_hessian` must be a number of at least 0, for uncertainty, got {base_hessian}")
     if output_dir is not None and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         problems.append(f"`output_dir` must be empty or new, got {str(output_dir)!r}")
+    elif output_dir is not None:
+        there = next(p for p in (output_dir, *output_dir.absolute().parents) if p.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            problems.append(f"`output_dir` must be where one can write, got {str(output_dir)!r}, in {str(there)!r}")
     return problems
 
 

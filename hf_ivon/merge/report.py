@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from hf_ivon.merge import methods
 from hf_ivon.parts import layer_of
 
+_REPOSITORY = r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@.+)?"
 _STRIDE = 64  # one of so many weights is looked at for the logarithms, which cost more than the merge
 _DROWNED = 10.0  # how many times a Hessian of the base is those of the models where these hardly count any more
 _FLAT = 0.01  # distance from averaging, of the models' spread, up to which a rule is called averaging
@@ -114,9 +116,9 @@ def notes(
     merged = [t for t in tensors.values() if "shares" in t]
     distances = [t["distance_from_average"] for t in merged]
     spreads = [d for t in merged for d in t.get("trust_spread", [])]
-    flat = method in ("fisher", "gaussian") and distances and max(distances) < _FLAT
-    flat = flat or (method == "uncertainty" and spreads and max(spreads) < _FLAT)
-    if not flat:
+    # Next to averaging are also merges with one weight above 0, and of one model with itself.
+    far = method != "uncertainty" and distances and max(distances) >= _FLAT
+    if far or not spreads or max(spreads) >= _FLAT:
         return found
     rule = "task arithmetic with a scale" if method == "uncertainty" else "plain averaging"
     return [
@@ -142,7 +144,7 @@ def card(report: Mapping[str, Any]) -> str:
         report: The report, as in `merge_report.json`.
     """
     sources = [*report["models"], *([report["base_model"]] if report["base_model"] else [])]
-    on_hub = [s for s in sources if re.fullmatch(r"[\w.-]+/[\w.-]+", s)]
+    on_hub = [s.partition("@")[0] for s in sources if re.fullmatch(_REPOSITORY, s) and not Path(s).is_dir()]
     head = ["---", "tags:", "- merge", "- hf_ivon", *(["base_model:", *(f"- {s}" for s in on_hub)] if on_hub else [])]
     lines = [*head, "---", "", "# Merged model", ""]
     lines += [f"Merged by `{report['method']}` with [hf_ivon](https://pypi.org/project/hf_ivon/) from:", ""]

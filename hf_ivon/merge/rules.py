@@ -107,7 +107,7 @@ def _merge_block(
             looks = statistics if i % _REPORT == 0 else None
             merged, precision = _merge_rows(plan, name, start + first, start + last, thresholds, looks)
             variance = None if precision is None else precision.reciprocal_().float()
-            sink(name, merged.to(dtype), start + first, variance)
+            sink(name, _cast(name, merged, dtype), start + first, variance)
     return count, statistics
 
 
@@ -130,16 +130,29 @@ def _merge_rows(
     prior = None if base_variance is None else base_variance.to(wide).reciprocal_()
     position = start * (parts[0].numel() // max(1, stop - start))
     merged, precision = _apply(plan, name, models, base, trust, prior, thresholds, position)
-    if not torch.isfinite(merged.sum()):
+    if not torch.isfinite(merged.sum()):  # of finite weights it is, unless they are very large
         _check_finite(plan, name, models)
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"The merge of `{name}` is too large for its dtype. Pass smaller weights.")
     if statistics is not None:
         statistics.add(merged, models, trust, plan.weights)
     return merged, precision
 
 
+def _cast(name: str, merged: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = merged.to(dtype)
+    # The other dtypes reach as far as fp32, in which the sums were looked at.
+    if dtype.itemsize < merged.dtype.itemsize and dtype != torch.bfloat16 and not torch.isfinite(cast).all():
+        raise ValueError(
+            f"The merge of `{name}` is too large for {str(dtype).removeprefix('torch.')}. Pass --dtype bfloat16 or "
+            f"float32, or smaller weights."
+        )
+    return cast
+
+
 def _check_finite(plan: Plan, name: str, models: list[Tensor]) -> None:
     for model, values in zip(plan.models, models, strict=True):
-        if not torch.isfinite(values.sum()):  # the sum of finite weights is finite; of others it is not
+        if not torch.isfinite(values).all():
             raise ValueError(f"The tensor `{name}` of {model.name} holds NaN or inf. Check that model.")
 
 
@@ -172,9 +185,14 @@ def _apply(
 
 
 def _equal(name: str, parts: list[Tensor]) -> Tensor:
-    if any(not torch.equal(parts[0], p) for p in parts[1:]):
-        raise ValueError(f"The tensor `{name}` holds no real numbers and differs between the models. Use --heads.")
-    return parts[0]
+    if all(torch.equal(parts[0], p) for p in parts[1:]):
+        return parts[0]
+    if name.rpartition(".")[2] == "num_batches_tracked":  # a counter of BatchNorm, of which no prediction depends
+        return torch.stack(parts).amax(0)
+    raise ValueError(
+        f"The tensor `{name}` holds no real numbers and differs between the models, so that it cannot be merged. "
+        f"Leave one of them out."
+    )
 
 
 def _base_variance(plan: Plan, name: str, start: int, stop: int) -> Tensor | None:
