@@ -16,21 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ivon import distributed, functional, replicas, windows
+from hf_ivon import functional, windows
 from hf_ivon.capture import GradientCapture
 from hf_ivon.execution import Execution
 from hf_ivon.interrupts import interrupts_deferred
-from hf_ivon.options import SQUARED, check_common_options, check_options, ess_of
+from hf_ivon.options import SQUARED, check_common_options, check_options, ess_of, group_of
 from hf_ivon.roster import Roster
-from hf_ivon.sampling import Draw, WeightSampler
-from hf_ivon.state import complete_state, match_saved_state, own_storage, saved_dtype, set_prior_means
+from hf_ivon.sampling import Draw, Noise, WeightSampler, prediction_noise, training_noise
+from hf_ivon.state import complete_state, match_saved_state, own_storage, restore_precision, set_prior_means
 from hf_ivon.statistics import posterior_statistics
 from hf_ivon.updates import Entry, apply_updates
 
 logger = logging.getLogger(__name__)
-
-# Streams of noise: the draws of training and those of prediction never meet.
-_TRAIN, _EVAL = 0, 1
 
 
 class IVON(torch.optim.Optimizer):
@@ -200,34 +197,40 @@ class IVON(torch.optim.Optimizer):
             raise RuntimeError("`sampled_params` must not be nested. Leave the outer `with` block first.")
         if not weight > 0:
             raise ValueError(f"`weight` must be positive, got {weight!r}. Pass 1/S for S samples that add up.")
-        self._roster.refresh(self.param_groups, self.state)
-        if train:
-            self._capture.attach(self._roster.trained)
-            if self._capture.begin(weight=weight, grad_scale=grad_scale):
-                self._advance_window()
-            draw, stream, rank = self._capture.entered, _TRAIN, distributed.rank()
-        else:
-            self._eval_draws += 1
-            draw, stream, rank = self._eval_draws, _EVAL, 0  # every process predicts with the same sample
+        noise = self._open(train, weight, grad_scale)
         failed = True
         try:
             self._inside = True
-            draws = []
-            for index, group, p in self._roster.singles:
-                if p.requires_grad:
-                    # A sharded parameter is one in its replica group, and keeps its sample for the whole window.
-                    r, d = (replicas.replica(p), 1) if train and distributed.is_sharded(p) else (rank, draw)
-                    key = (group["seed"], stream, r, group["window"], d)
-                    draws.append(Draw(p, group, self._state(p, group), key, index))
-            packs = {q: (q.group["seed"], stream, rank, q.group["window"], draw) for q in self._roster.packs}
-            with interrupts_deferred():
-                self._sampler.perturb(packs, draws, train)
-            self._sampler.forget_copies()
+            self._perturb(train, noise)
             yield
             failed = False
         finally:
             with interrupts_deferred():
                 self._leave(train, failed)
+
+    @torch.inference_mode(False)  # what is made in a prediction is trained with later
+    def _open(self, train: bool, weight: float, grad_scale: float | Tensor | None) -> Noise:
+        """Look up the parameters and begin a context; returns which noise it has."""
+        self._roster.refresh(self.param_groups, self.state)
+        if not train:
+            self._eval_draws += 1
+            return prediction_noise(self._eval_draws)
+        self._capture.attach(self._roster.trained)
+        if self._capture.begin(weight=weight, grad_scale=grad_scale):
+            self._advance_window()
+        return training_noise(self._capture.entered)
+
+    @torch.inference_mode(False)
+    def _perturb(self, train: bool, noise: Noise) -> None:
+        """Put the sample with this noise into the parameters."""
+        draws = [
+            Draw(p, group, self._state(p, group), noise.key(group, p), index)
+            for index, group, p in self._roster.singles
+            if p.requires_grad
+        ]
+        packs = {pack: noise.key(pack.group) for pack in self._roster.packs}
+        with interrupts_deferred():
+            self._sampler.perturb(packs, draws, train)
 
     def _leave(self, train: bool, failed: bool) -> None:
         """Put the means back; whatever is raised meanwhile, the optimizer is outside afterwards."""
@@ -262,10 +265,7 @@ class IVON(torch.optim.Optimizer):
             self._advance_window()
             if not self._warned_dropped:
                 self._warned_dropped = True
-                logger.warning(
-                    "`zero_grad()` outside of `sampled_params` dropped gradients that no `step()` had used. That is "
-                    "right after a skipped step; to average several samples, call it inside each context."
-                )
+                logger.warning(windows.DROPPED)
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -351,36 +351,28 @@ class IVON(torch.optim.Optimizer):
             raise RuntimeError("`load_state_dict()` must not be called inside `sampled_params`. Leave the block.")
         saved = match_saved_state((p for _, p in self._parameters()), state_dict)
         super().load_state_dict(dict(state_dict))
-        # torch casts floating-point state to the parameter's dtype; a Hessian in bf16 would stand still.
-        for p, tensors in saved.items():
-            for name, tensor in tensors.items():
-                self.state[p][name] = tensor.to(p.device, saved_dtype(p, name, tensor))
+        restore_precision(self.state, saved)
         self._capture.clear()
         self._sampler.written.clear()
         self._eval_draws = 0
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def posterior_mean(self, p: Tensor) -> Tensor:
         """Return the posterior mean of one parameter, shape of `p`, fp32 (fp64 for fp64 parameters)."""
         if p in self._sampler.means:
             return self._sampler.means[p].clone()
-        return self._state(p, self._group_of(p)).get("mean", p.detach()).clone()
+        return self._state(p, group_of(p, self.param_groups)).get("mean", p.detach()).clone()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def posterior_variance(self, p: Tensor) -> Tensor:
         """Return the posterior variance of one parameter, shape of `p`, fp32 (fp64 for fp64 parameters), param²."""
-        group = self._group_of(p)
+        group = group_of(p, self.param_groups)
         hess = self._state(p, group)["hess"]
         return functional.posterior_variance(hess, ess=ess_of(group, train=False), weight_decay=group["weight_decay"])
 
-    def _group_of(self, p: Tensor) -> dict[str, Any]:
-        for group, q in self._parameters():
-            if q is p:
-                return group
-        raise ValueError(
-            f"The parameter must belong to this optimizer, got one of shape {tuple(p.shape)} that does not."
-        )
-
+    @torch.inference_mode(False)
     def statistics(self, max_elements: int = 1_000_000) -> dict[str, float]:
         """Return a summary of the posterior for logging, from an even subset of at most about `max_elements` weights.
 

@@ -91,6 +91,22 @@ def ess_of(group: Mapping[str, Any], train: bool) -> float:
     return group["ess"] if train else group["ess"] * group.get("eval_ess_scale", 1.0)  # older states have none
 
 
+def group_of(p: Tensor, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the group of a parameter.
+
+    Args:
+        p: The parameter.
+        groups: The optimizer's groups.
+
+    Raises:
+        ValueError: If it is in none of them.
+    """
+    for group in groups:
+        if any(q is p for q in group["params"]):
+            return group
+    raise ValueError(f"The parameter must belong to this optimizer, got one of shape {tuple(p.shape)} that does not.")
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Check every option of a parameter group.
 

@@ -9,12 +9,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ivon import distributed
+from hf_ivon import distributed, replicas
 from hf_ivon.execution import Execution, Lanes
 from hf_ivon.options import ess_of
 from hf_ivon.packs import Pack
 from hf_ivon.philox import noise_words
 from hf_ivon.state import adopt_changes, state_dtype
+
+# Streams of noise: the draws of training and those of prediction never meet.
+_TRAIN, _EVAL = 0, 1
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Which noise a context has.
+
+    Args:
+        stream: That of training or that of predictions.
+        rank: Number of the process, where each has its own sample.
+        draw: Number of the context in its window.
+    """
+
+    stream: int
+    rank: int
+    draw: int
+
+    def key(self, group: Mapping[str, Any], p: Tensor | None = None) -> tuple[int, ...]:
+        """Return what the noise of a parameter is a function of, beside its index.
+
+        Args:
+            group: Options of its group; `seed` and `window` are read.
+            p: The parameter; None for those of a pack, which are not sharded.
+        """
+        rank, draw = self.rank, self.draw
+        if self.stream == _TRAIN and p is not None and distributed.is_sharded(p):
+            # A sharded parameter is one in its replica group, and keeps its sample for the whole window.
+            rank, draw = replicas.replica(p), 1
+        return group["seed"], self.stream, rank, group["window"], draw
+
+
+def training_noise(draw: int) -> Noise:
+    """Return the noise of a training context: each process has its own."""
+    return Noise(_TRAIN, distributed.rank(), draw)
+
+
+def prediction_noise(draw: int) -> Noise:
+    """Return the noise of a prediction: every process predicts with the same sample."""
+    return Noise(_EVAL, 0, draw)
 
 
 @dataclass(frozen=True)
@@ -64,6 +105,8 @@ class WeightSampler:
     def perturb(self, packs: Mapping[Pack, tuple[int, ...]], draws: Sequence[Draw], train: bool) -> None:
         """Write a weight sample into parameters; into a sharded one, the shard of the sample of the whole.
 
+        Copies of the weights as they were are dropped.
+
         Args:
             packs: Small parameters, to what their noise is a function of beside their indices: 64-bit integers.
             draws: All others, in the order of their optimizer.
@@ -76,23 +119,25 @@ class WeightSampler:
             self._perturb_one(draw, train)
         for pack, key in packs.items():
             self._perturb_pack(pack, noise_words(key, 0), train)
+        self.forget_copies()
 
     def _perturb_one(self, draw: Draw, train: bool) -> None:
         p, options = draw.p, {"ess": ess_of(draw.group, train), "weight_decay": draw.group["weight_decay"]}
         weights, hess = distributed.local(p), distributed.local(draw.state["hess"])
         words = noise_words(draw.key, draw.index)
         if "mean" in draw.state:
-            mean = distributed.local(draw.state["mean"])
+            self.means[p] = mean = distributed.local(draw.state["mean"])
         else:
             mean = self.borrow(p)
-            self._borrowed.add(p)
             # A compiled pass counts the noise from the tensor's beginning, which a shard does not have.
             lanes = self._lanes_apart(p, weights, mean, hess) if weights.numel() == p.numel() else None
-            if lanes is not None and self._execution.sample_compiled(weights, lanes, words, **options):
-                self.means[p] = mean
+            done = lanes is not None and self._execution.sample_compiled(weights, lanes, words, **options)
+            if not done:
+                mean.copy_(weights)
+            self.means[p] = mean  # only now, when it holds the mean: an error before leaves nothing to restore
+            self._borrowed.add(p)
+            if done:
                 return
-            mean.copy_(weights)
-        self.means[p] = mean
         start = distributed.shard_start(p)
         self._execution.sample(weights, mean, hess, words, start=start, total=p.numel(), **options)
 

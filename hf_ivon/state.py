@@ -97,6 +97,22 @@ def match_saved_state(params: Iterable[Tensor], state_dict: Mapping[str, Any]) -
     return saved
 
 
+def restore_precision(
+    state: MutableMapping[Tensor, dict[str, Any]], saved: Mapping[Tensor, Mapping[str, Tensor]]
+) -> None:
+    """Put saved tensors into a state that torch has loaded, in the precision that they were saved in.
+
+    torch casts floating-point state to the parameter's dtype; a Hessian in bf16 would stand still.
+
+    Args:
+        state: Parameter to its state, changed in place.
+        saved: Output of `match_saved_state`.
+    """
+    for p, tensors in saved.items():
+        for name, tensor in tensors.items():
+            state[p][name] = tensor.to(p.device, saved_dtype(p, name, tensor))
+
+
 def set_prior_means(
     params: list[Tensor], prior_means: list[Tensor], state: MutableMapping[Tensor, dict[str, Any]]
 ) -> None:

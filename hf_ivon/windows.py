@@ -33,6 +33,10 @@ AUTOGRAD_GRAD = (
     "`torch.autograd.grad` with respect to parameters was called inside `sampled_params(train=True)`; its gradients "
     "cannot be told from those of the training loss. Call `loss.backward()` here, and `torch.autograd.grad` outside."
 )
+DROPPED = (
+    "`zero_grad()` outside of `sampled_params` dropped gradients that no `step()` had used. That is right after a "
+    "skipped step; to average several samples, call it inside each context."
+)
 SAVED_INSIDE = (
     "`state_dict()` must not be called inside `sampled_params`: the parameters are a sample there, not the mean. Save "
     "outside of the `with` block."
