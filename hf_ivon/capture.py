@@ -303,7 +303,7 @@ class GradientCapture:
     def _may_wait(self, context: Context, p: Tensor) -> bool:
         """Tell whether `p.grad` will be this context's own gradient, so that the product can be taken at its end."""
         alone = self.contexts == 0 and p not in context.before and distributed.world_size() == 1
-        return self._late and alone and not self._squared and p.dtype == state_dtype(p)
+        return self._late and alone and not self._squared and p not in self._sampler.written
 
     def _on_reduced(self, context: Context, p: Tensor, of_group: Tensor | None) -> None:
         """Take in a sharded gradient, which is seen only after its reduction, and in the last micro-batch only.

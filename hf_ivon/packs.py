@@ -105,10 +105,13 @@ class Pack:
         Returns:
             Whether that is so; if not, the parameters need another pack.
         """
-        if [p.data_ptr() for p in self.params] != self._pointers:
+        if self._moved():
             return False
         states = [state[p] for p in self.params]
         return all(all(map(is_, [s.get(name) for s in states], self.views(name))) for name in self._state)
+
+    def _moved(self) -> bool:
+        return [p.data_ptr() for p in self.params] != self._pointers
 
     def flat(self, name: str) -> Tensor:
         """Return the buffer of this name, fp32, the parameters one after another; made at its first use."""
@@ -133,6 +136,13 @@ class Pack:
     def write(self, name: str) -> None:
         """Copy a buffer into the parameters."""
         torch._foreach_copy_(self._weights, self._buffers[name].parts)
+
+    def write_back(self, name: str) -> None:
+        """Copy a buffer into the parameters, also into those that were cast or moved since the pack was made."""
+        self.write(name)
+        if self._moved():
+            for p, view in zip(self.params, self.views(name), strict=True):
+                p.copy_(view)
 
     def gather(self, name: str, tensors: Sequence[Tensor | None]) -> Tensor:
         """Copy tensors, of the parameters' shapes or None, into a buffer; returns the buffer."""

@@ -85,13 +85,13 @@ class WeightSampler:
 
     Attributes:
         means: Parameter to posterior mean, for the parameters that hold a weight sample now.
-        written: Parameter whose mean is kept in its state, to its version after the last write from here; a later
-            version was written by others.
+        written: Parameter whose mean is kept in its state, to its memory and version after the last write from here;
+            other memory or a later version was written by others.
     """
 
     def __init__(self, execution: Execution) -> None:
         self.means: dict[Tensor, Tensor] = {}
-        self.written: dict[Tensor, int] = {}
+        self.written: dict[Tensor, tuple[int, int]] = {}
         self._execution = execution
         # Packs that hold a weight sample now, to the name of the buffer with their means.
         self._sampled_packs: dict[Pack, str] = {}
@@ -164,13 +164,16 @@ class WeightSampler:
         """Let a mean that is kept in the state follow what others wrote to its parameter since the last write here.
 
         Args:
-            p: The parameter, of a narrower dtype than its mean.
-            state: Its complete state.
+            p: The parameter.
+            state: Its complete state; there is a mean in it if the parameter's dtype is, or was, a narrower one.
         """
-        version = distributed.local(p)._version
-        if "mean" in state and p not in self.means and self.written.get(p) != version:
+        if "mean" in state and p not in self.means and self.written.get(p) != _mark(p):
             adopt_changes(p, state["mean"])
-            self.written[p] = version
+            self.note(p)
+
+    def note(self, p: Tensor) -> None:
+        """Remember that what a parameter holds now was written from here, and its mean is in its state."""
+        self.written[p] = _mark(p)
 
     def borrow(self, p: Tensor) -> Tensor:
         """Return a buffer for parameter `p`: of the shape of its local part, in the dtype of its state."""
@@ -229,7 +232,7 @@ class WeightSampler:
         self._sampled_packs[pack] = "theta"
         if isinstance(factor, Tensor):
             pack.flat("product").mul_(factor)
-        pack.write("theta")
+        pack.write_back("theta")
         del self._sampled_packs[pack]
 
     def restore(self) -> None:
@@ -254,11 +257,16 @@ class WeightSampler:
 
     @torch.no_grad()
     def _write_means(self) -> None:
-        for pack, name in self._sampled_packs.items():
-            pack.write(name)
-        for p in self._alone:
+        # In reverse: of two parameters on one storage, the first was saved before any write.
+        for pack, name in reversed(self._sampled_packs.items()):
+            pack.write_back(name)
+        for p in reversed(self._alone):
             if p in self.means:
-                weights = distributed.local(p)
-                weights.copy_(self.means[p])
+                distributed.local(p).copy_(self.means[p])
                 if p not in self._borrowed:
-                    self.written[p] = weights._version
+                    self.note(p)
+
+
+def _mark(p: Tensor) -> tuple[int, int]:
+    weights = distributed.local(p)
+    return weights.data_ptr(), weights._version

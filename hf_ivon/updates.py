@@ -89,7 +89,7 @@ def _update_one(
     execution.update(local(mean), grad, curvature, local(state["momentum"]), local(state["hess"]), prior_mean, options)
     if "mean" in state:
         p.copy_(mean)
-        sampler.written[p] = distributed.local(p)._version
+        sampler.note(p)
 
 
 def _update_pack(pack: Pack, capture: GradientCapture, execution: Execution) -> None:

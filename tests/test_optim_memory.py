@@ -72,3 +72,55 @@ def test_an_error_before_a_mean_was_kept_is_not_masked(monkeypatch):
     assert torch.equal(model.weight, before)
     assert not optimizer._sampler.means
     train(model, optimizer)
+
+
+@SIZES
+@pytest.mark.parametrize("after", ["", "float32", "bfloat16", "float64"])
+@DTYPES
+@pytest.mark.parametrize("inference", [False, True])
+def test_mean_survives_a_cast_inside_a_sample(rows, dtype, after, inference):
+    """Evaluation in bf16 casts the model; if that is inside a sample, the model would keep the sample for good."""
+    model, optimizer = make(rows, dtype)
+    before = [p.detach().clone() for p in model.parameters()]
+    with optimizer.sampled_params(), torch.inference_mode(inference):
+        if after:
+            model.to(getattr(torch, after))
+        else:  # as a move to another device does
+            for p in model.parameters():
+                p.data = p.detach().clone()
+    for p, mean in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, mean.to(p.dtype))
+
+
+@SIZES
+@pytest.mark.parametrize("where", ["before backward", "after backward"])
+@pytest.mark.parametrize(("dtype", "after"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_cast_in_training_keeps_the_mean_and_goes_on(rows, where, dtype, after):
+    """Products of noise and gradient put the mean back too; and a model cast up has its mean in two places."""
+    model, optimizer = make(rows, dtype)
+    before = [p.detach().clone() for p in model.parameters()]
+    with optimizer.sampled_params(train=True):
+        optimizer.zero_grad()
+        if where == "before backward":
+            model.to(after)
+        model(torch.ones(1, 4, dtype=model.weight.dtype)).square().sum().backward()
+        model.to(after)
+    for p, mean in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, mean.to(after))
+    optimizer.step()
+    train(model, optimizer)
+    for p in model.parameters():
+        assert torch.isfinite(p).all()
+        assert torch.equal(optimizer.posterior_mean(p).to(after), p)
+
+
+@pytest.mark.parametrize("rows", [8, 2**14])
+def test_bf16_mean_follows_a_parameter_that_got_other_memory(rows):
+    """`p.data = loaded` leaves the tensor's version as it was; the mean of before would come back at the next exit."""
+    model, optimizer = make(rows, torch.bfloat16)
+    train(model, optimizer)
+    loaded = torch.randn_like(model.weight)
+    model.weight.data = loaded.clone()
+    with optimizer.sampled_params():
+        pass
+    assert torch.equal(model.weight, loaded)
