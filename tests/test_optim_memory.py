@@ -124,3 +124,78 @@ def test_bf16_mean_follows_a_parameter_that_got_other_memory(rows):
     with optimizer.sampled_params():
         pass
     assert torch.equal(model.weight, loaded)
+
+
+def tied(kind: str) -> list[nn.Parameter]:
+    """Return two parameters on one memory."""
+    a = nn.Parameter(torch.randn(1000, 64))
+    if kind == "whole":
+        return [a, nn.Parameter(a.data)]
+    if kind == "transposed":
+        return [nn.Parameter(a.data.t()), a]
+    if kind == "part":
+        return [nn.Parameter(a.data[10:20]), a]
+    return [nn.Parameter(torch.zeros(3)), nn.Parameter(a.data[:2]), nn.Parameter(a.data[1:3])]
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("kind", ["whole", "transposed", "part", "packed"])
+def test_two_parameters_on_one_memory_are_refused(kind, train):
+    """Each would be sampled and updated on top of the other: wrong noise, two steps, and a lost mean."""
+    params = tied(kind)
+    optimizer = IVON(params, lr=0.1, ess=50.0)
+    before = [p.detach().clone() for p in params]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="share memory"), optimizer.sampled_params(train=train):
+            pass
+    assert all(map(torch.equal, params, before))
+    assert not optimizer.is_sampled
+
+
+def test_parameters_side_by_side_in_one_memory_are_trained():
+    """Recurrent layers and sharded ones are parts of one flat tensor; columns of a matrix lie between each other."""
+    flat, matrix = torch.randn(30), torch.randn(4, 10)
+    parts = [flat[:10], flat[10:30], flat[10:10], matrix[:, :5], matrix[:, 5:]]
+    params = [nn.Parameter(part) for part in parts]
+    optimizer = IVON(params, lr=0.1, ess=50.0)
+    before = flat.clone(), matrix.clone()
+    with optimizer.sampled_params():
+        assert not torch.equal(flat, before[0])
+    assert torch.equal(flat, before[0])
+    assert torch.equal(matrix, before[1])
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_the_refusal_names_the_parameters(names):
+    """In a model of hundreds of layers the user must read which two to tie."""
+    a = nn.Parameter(torch.randn(1000, 64))
+    params = {"embedding": a, "other": nn.Parameter(torch.ones(3)), "head": nn.Parameter(a.data)}
+    optimizer = IVON(params.items() if names else params.values(), lr=0.1, ess=50.0)
+    expected = "'embedding' and 'head'" if names else "'parameter 0 of group 0, .*' and 'parameter 2 of group 0, .*'"
+    with pytest.raises(ValueError, match=expected), optimizer.sampled_params():
+        pass
+
+
+def test_a_frozen_parameter_may_share_memory():
+    """It is neither sampled nor updated, and sees what the trained one holds."""
+    a = nn.Parameter(torch.randn(1000, 64))
+    frozen = nn.Parameter(a.data, requires_grad=False)
+    optimizer = IVON([frozen, a], lr=0.1, ess=50.0)
+    before = a.detach().clone()
+    with optimizer.sampled_params():
+        assert torch.equal(frozen, a)
+        assert not torch.equal(a, before)
+    assert torch.equal(a, before)
+
+
+def test_mean_survives_memory_shared_in_the_middle_of_training():
+    """The second mean is saved when the first sample is there; put back last, it would be taken for the mean."""
+    a, b = nn.Parameter(torch.randn(1000, 64)), nn.Parameter(torch.randn(1000, 64))
+    optimizer = IVON([a, b], lr=0.1, ess=50.0)
+    with optimizer.sampled_params():
+        pass
+    b.data = a.data
+    before = a.detach().clone()
+    with optimizer.sampled_params():
+        pass
+    assert torch.equal(a, before)
