@@ -1,4 +1,4 @@
-"""The weight samples of a prediction: in a fixed order, one at a time in the model, one user of the model at a time.
+"""The weight samples of a prediction: in a fixed order, one at a time in the model.
 
 Sample number i of a seed is the same draw however many samples are asked for, and whatever they are used for.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -16,13 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_ivon.mean import unwrap
 from hf_ivon.mixture import Mixture
 
 if TYPE_CHECKING:
     from hf_ivon.posterior import Posterior
-
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
 
 
 def check_samples(posterior: Posterior | Mixture | None, num_samples: int, seed: int) -> None:
@@ -87,16 +82,3 @@ def weight_samples(
         # Every component of a mixture has its share of the samples, rather than what chance gives it.
         which = {"component": order[index]} if order else {}
         yield posterior.sampled(model, generator=sample_generator(seed, index), ess_scale=ess_scale, **which)
-
-
-def weights_lock(model: nn.Module) -> threading.Lock:
-    """Return the lock of a model, which whoever puts weight samples into it from several threads holds meanwhile.
-
-    Args:
-        model: The model; wrappers, and adapters of PEFT on one base, share a lock.
-
-    Returns:
-        The same lock for the same model; it cannot be taken twice by one thread.
-    """
-    inner: Any = unwrap(model)
-    return _LOCKS.setdefault(inner.get_base_model() if hasattr(inner, "get_base_model") else inner, threading.Lock())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
-from hf_ivon.draws import check_samples, weight_samples, weights_lock
+from hf_ivon.draws import check_samples, weight_samples
 from hf_ivon.mean import posterior_keys, unwrap
 from hf_ivon.mixture import Mixture
 from hf_ivon.posterior import Posterior
@@ -85,7 +85,7 @@ def posterior_generate(
             f"`{asked[0]}` must be left out where several weight samples generate together. Use it in a plain "
             f"`generate` inside `posterior.sampled`."
         )
-    with weights_lock(inner), evaluation_mode(inner):
+    with evaluation_mode(inner):
         if not num_samples or posterior is None:
             return inner.generate(**inputs, **generate_kwargs)
         average = _Averaged(inner, _draw(model, inner, posterior, num_samples, seed, ess_scale))
@@ -264,7 +264,7 @@ def sample_generations(
     check_samples(posterior, num_samples, seed)
     plain: Any = unwrap(model)
     results = []
-    with weights_lock(plain), evaluation_mode(plain):
+    with evaluation_mode(plain):
         for weights in weight_samples(model, posterior, num_samples=num_samples, seed=seed, ess_scale=ess_scale):
             with weights:
                 results.append(plain.generate(**inputs, **generate_kwargs))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_ivon import distributed
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -98,6 +102,19 @@ def mean_digest(mean: Mapping[str, Tensor], names: Iterable[str] | None = None, 
         digest.update(f"{prefix}{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def weights_lock(model: nn.Module) -> threading.RLock:
+    """Return the lock of a model, which whoever puts weight samples into it, or works at its mean, holds meanwhile.
+
+    Args:
+        model: The model; wrappers, and adapters of PEFT on one base, share a lock.
+
+    Returns:
+        The same lock for the same model; one thread can take it several times, for contexts inside each other.
+    """
+    inner: Any = unwrap(model)
+    return _LOCKS.setdefault(inner.get_base_model() if hasattr(inner, "get_base_model") else inner, threading.RLock())
 
 
 def write_back(saved: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hf_ivon.mean import posterior_keys, write_back
+from hf_ivon.mean import posterior_keys, weights_lock, write_back
 from hf_ivon.posterior import Posterior
 from hf_ivon.tensor_files import TensorFiles, headers
 
@@ -107,6 +107,8 @@ class Mixture:
     ) -> Generator[nn.Module, None, None]:
         """Put one draw into a model's parameters, in place; on exit they are what they were, bit for bit.
 
+        Threads that do so with one model take turns, as for `Posterior.sampled`.
+
         Args:
             model: A model of the components' kind; what it holds does not matter.
             generator: Source of the noise, on the CPU; None is torch's global one.
@@ -119,26 +121,27 @@ class Mixture:
         Raises:
             ValueError: If a component lacks one of the model's parameters, or has it in another shape.
         """
-        if component is None:
-            component = int(torch.multinomial(torch.tensor(self.weights), 1, generator=generator))
-        params, mean, posterior = posterior_keys(model), self.means[component], self.posteriors[component]
-        there = headers(mean)
-        wrong = [n for n, p in params.items() if n not in there or tuple(there[n].shape) != tuple(p.shape)]
-        if wrong:
-            raise ValueError(
-                f"Component {component} must have all parameters of the model in their shapes, but lacks "
-                f"{len(wrong)}, such as `{wrong[0]}`. Load the model from one of the components."
-            )
-        saved = [(p, p.detach().clone()) for p in params.values()]
-        try:
-            with torch.no_grad():
-                for name, p in params.items():
-                    p.copy_(mean[name])
-            torch.clear_autocast_cache()
-            if posterior is None:
-                yield model
-            else:
-                with posterior.sampled(model, generator, ess_scale):
+        with weights_lock(model):
+            if component is None:
+                component = int(torch.multinomial(torch.tensor(self.weights), 1, generator=generator))
+            params, mean, posterior = posterior_keys(model), self.means[component], self.posteriors[component]
+            there = headers(mean)
+            wrong = [n for n, p in params.items() if n not in there or tuple(there[n].shape) != tuple(p.shape)]
+            if wrong:
+                raise ValueError(
+                    f"Component {component} must have all parameters of the model in their shapes, but lacks "
+                    f"{len(wrong)}, such as `{wrong[0]}`. Load the model from one of the components."
+                )
+            saved = [(p, p.detach().clone()) for p in params.values()]
+            try:
+                with torch.no_grad():
+                    for name, p in params.items():
+                        p.copy_(mean[name])
+                torch.clear_autocast_cache()
+                if posterior is None:
                     yield model
-        finally:
-            write_back(saved)
+                else:
+                    with posterior.sampled(model, generator, ess_scale):
+                        yield model
+            finally:
+                write_back(saved)

@@ -20,7 +20,7 @@ from transformers.pipelines.token_classification import AggregationStrategy
 from transformers.utils import ModelOutput
 
 from hf_ivon.averaging import MEASURES, ScoreAverage
-from hf_ivon.draws import check_samples, weight_samples, weights_lock
+from hf_ivon.draws import check_samples, weight_samples
 from hf_ivon.mixture import Mixture
 from hf_ivon.posterior import Posterior
 from hf_ivon.predict import evaluation_mode
@@ -189,7 +189,7 @@ class _PosteriorPipeline:
         samples = weight_samples(
             self.model, self.posterior, num_samples=self.num_samples, seed=self.seed, ess_scale=self.ess_scale
         )
-        with weights_lock(self.model), evaluation_mode(self.model):
+        with evaluation_mode(self.model):
             for weights in samples:
                 with weights:
                     for i, batch in enumerate(batches):

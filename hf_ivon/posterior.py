@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ivon import distributed, functional
-from hf_ivon.mean import match_problems, mean_digest, posterior_keys, write_back
+from hf_ivon.mean import match_problems, mean_digest, posterior_keys, weights_lock, write_back
 from hf_ivon.options import ess_of
 from hf_ivon.parts import config_of_part, converted, names_below
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
@@ -172,6 +172,8 @@ class Posterior:
     ) -> Generator[nn.Module, None, None]:
         """Put one draw into a model's parameters, in place; on exit they are the mean again, bit for bit.
 
+        Threads that do so with one model take turns. In one thread the contexts may stand inside each other.
+
         Args:
             model: The model that holds the mean; also wrapped by DDP or `torch.compile`, or a PEFT model.
             generator: Source of the noise, on the CPU; None is torch's global one.
@@ -184,19 +186,20 @@ class Posterior:
             ValueError: If the model lacks a tensor of the posterior or has it in another shape, or `ess_scale` is not
                 positive.
         """
-        params = posterior_keys(model)
-        self.check_mean(params, ess_scale)
-        saved: list[tuple[Tensor, Tensor]] = []
-        try:
-            with torch.no_grad():
-                for name, theta in self._draw(params, generator, ess_scale):
-                    p = params[name]
-                    saved.append((p, p.detach().clone()))
-                    p.copy_(theta)
-            torch.clear_autocast_cache()
-            yield model
-        finally:
-            write_back(saved)
+        with weights_lock(model):
+            params = posterior_keys(model)
+            self.check_mean(params, ess_scale)
+            saved: list[tuple[Tensor, Tensor]] = []
+            try:
+                with torch.no_grad():
+                    for name, theta in self._draw(params, generator, ess_scale):
+                        p = params[name]
+                        saved.append((p, p.detach().clone()))
+                        p.copy_(theta)
+                torch.clear_autocast_cache()
+                yield model
+            finally:
+                write_back(saved)
 
     def log_prob(self, weights: Mapping[str, Tensor], mean: Mapping[str, Tensor], ess_scale: float = 1.0) -> float:
         """Return the logarithm of the posterior's density at some weights.

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from hf_ivon.averaging import ScoreAverage, entropy
 from hf_ivon.data import is_language_model
 from hf_ivon.draws import check_samples, weight_samples
-from hf_ivon.mean import unwrap
+from hf_ivon.mean import unwrap, weights_lock
 
 if TYPE_CHECKING:
     from hf_ivon.mixture import Mixture
@@ -281,14 +281,15 @@ def shown(data: Iterable[Any], title: str, progress: bool, unit: str = "batch") 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Generator[None, None, None]:
-    """Put every module in evaluation mode; on exit each has the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    """Put every module in evaluation mode; on exit each has the mode it had. Other threads' predictions wait."""
+    with weights_lock(model):
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 def _on_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
