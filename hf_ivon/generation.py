@@ -17,7 +17,7 @@ from torch.func import functional_call
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 from hf_ivon.draws import check_samples, weight_samples
-from hf_ivon.mean import posterior_keys, unwrap
+from hf_ivon.mean import buffer_keys, posterior_keys, unwrap
 from hf_ivon.mixture import Mixture
 from hf_ivon.posterior import Posterior
 from hf_ivon.predict import evaluation_mode
@@ -109,9 +109,11 @@ def _language_model(model: nn.Module) -> Any:
 def _draw(
     model: nn.Module, inner: nn.Module, posterior: Posterior | Mixture, num_samples: int, seed: int, ess_scale: float
 ) -> list[dict[str, Tensor]]:
-    """Return weight samples by the parameter names of the inner model."""
-    names = {p: name for name, p in inner.named_parameters()}
-    keys = posterior_keys(model)
+    """Return weight samples by the names of the inner model's tensors."""
+    names = {tensor: name for name, tensor in [*inner.named_parameters(), *inner.named_buffers()]}
+    keys: dict[str, Tensor] = dict(posterior_keys(model))
+    if isinstance(posterior, Mixture):
+        keys |= buffer_keys(model)
     drawn = posterior.names() if isinstance(posterior, Posterior) else list(keys)
     samples = []
     for weights in weight_samples(model, posterior, num_samples=num_samples, seed=seed, ess_scale=ess_scale):

@@ -7,12 +7,14 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_ivon import distributed
+
+T = TypeVar("T", bound=Tensor)
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
@@ -42,23 +44,47 @@ def posterior_keys(model: nn.Module) -> dict[str, nn.Parameter]:
         ValueError: If several adapters of a PEFT model are active: their files use the same names.
     """
     model = unwrap(model)
+    return _file_keys(model, dict(model.named_parameters()))
+
+
+def buffer_keys(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that the model's own file holds, such as the running statistics of batch normalization.
+
+    Args:
+        model: Any module, as for `posterior_keys`.
+
+    Returns:
+        Name in the file to buffer.
+    """
+    model = unwrap(model)
+    named = {
+        f"{place}.{name}" if place else name: buffer
+        for place, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+    return _file_keys(model, named)
+
+
+def _file_keys(model: nn.Module, named: dict[str, T]) -> dict[str, T]:
+    """Return tensors of a model by their names in its own file, those that it holds."""
     peft = sys.modules.get("peft")  # a PeftModel cannot exist unless peft was imported
-    named = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
-    if peft is None or not isinstance(model, peft.PeftModel):
+    named = {name.replace("_orig_mod.", ""): tensor for name, tensor in named.items()}
+    if not named or peft is None or not isinstance(model, peft.PeftModel):
         return named
     if len(model.active_adapters) != 1:
         raise ValueError(
             f"The model must have one active adapter, got {model.active_adapters!r}. Choose one with `set_adapter`."
         )
-    by_storage = {(p.data_ptr(), p.shape): p for p in named.values()}
+    by_storage = {(own.data_ptr(), own.shape): own for own in named.values()}
     # "auto", the default of the last argument, asks the Hub for the base model's vocabulary, at every call.
     adapter = peft.get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
-    keys: dict[nn.Parameter, str] = {}
+    keys: dict[T, str] = {}
     for key, tensor in adapter.items():
-        p = by_storage.get((tensor.data_ptr(), tensor.shape))
-        if p is not None:
-            keys.setdefault(p, key)  # the file repeats tied tensors
-    return {key: p for p, key in keys.items()}
+        own = by_storage.get((tensor.data_ptr(), tensor.shape))
+        if own is not None:
+            keys.setdefault(own, key)  # the file repeats tied tensors
+    return {key: own for own, key in keys.items()}
 
 
 def match_problems(expected: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

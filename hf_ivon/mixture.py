@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hf_ivon.mean import posterior_keys, weights_lock, write_back
+from hf_ivon.mean import buffer_keys, posterior_keys, weights_lock, write_back
 from hf_ivon.posterior import Posterior
 from hf_ivon.tensor_files import TensorFiles, headers
 
@@ -107,6 +107,7 @@ class Mixture:
     ) -> Generator[nn.Module, None, None]:
         """Put one draw into a model's parameters, in place; on exit they are what they were, bit for bit.
 
+        So are the buffers that a model's file holds, such as the running statistics of batch normalization.
         Threads that do so with one model take turns, as for `Posterior.sampled`.
 
         Args:
@@ -119,24 +120,18 @@ class Mixture:
             The model.
 
         Raises:
-            ValueError: If a component lacks one of the model's parameters, or has it in another shape.
+            ValueError: If a component lacks one of the model's parameters or buffers, or has it in another shape.
         """
         with weights_lock(model):
             if component is None:
                 component = int(torch.multinomial(torch.tensor(self.weights), 1, generator=generator))
-            params, mean, posterior = posterior_keys(model), self.means[component], self.posteriors[component]
-            there = headers(mean)
-            wrong = [n for n, p in params.items() if n not in there or tuple(there[n].shape) != tuple(p.shape)]
-            if wrong:
-                raise ValueError(
-                    f"Component {component} must have all parameters of the model in their shapes, but lacks "
-                    f"{len(wrong)}, such as `{wrong[0]}`. Load the model from one of the components."
-                )
-            saved = [(p, p.detach().clone()) for p in params.values()]
+            posterior, mean = self.posteriors[component], self.means[component]
+            tensors = self._tensors(model, component)
+            saved = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
             try:
                 with torch.no_grad():
-                    for name, p in params.items():
-                        p.copy_(mean[name])
+                    for name, tensor in tensors.items():
+                        tensor.copy_(mean[name])
                 torch.clear_autocast_cache()
                 if posterior is None:
                     yield model
@@ -145,3 +140,17 @@ class Mixture:
                         yield model
             finally:
                 write_back(saved)
+
+    def _tensors(self, model: nn.Module, component: int) -> dict[str, Tensor]:
+        """Return the model's tensors that are to be a component's, which must have them all."""
+        there = headers(self.means[component])
+        tensors: dict[str, Tensor] = dict(posterior_keys(model))
+        # Of buffers of whole numbers, such as positions and counts, older files may know nothing; they do not differ.
+        tensors |= {n: b for n, b in buffer_keys(model).items() if n in there or b.is_floating_point()}
+        wrong = [n for n, t in tensors.items() if n not in there or tuple(there[n].shape) != tuple(t.shape)]
+        if wrong:
+            raise ValueError(
+                f"Component {component} must have all parameters and buffers of the model in their shapes, but lacks "
+                f"{len(wrong)}, such as `{wrong[0]}`. Load the model from one of the components."
+            )
+        return tensors

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification
+from torch import nn
+from transformers import BertForSequenceClassification, ResNetConfig, ResNetForImageClassification
 
 from hf_ivon import Mixture, posterior_predict
 from hf_ivon.draws import sample_generator
@@ -34,6 +35,54 @@ def test_a_deep_ensemble_is_the_average_of_its_members(tmp_path):
     weighted = Mixture(mixture.means, [None] * 3, weights=[2, 1, 1])
     found = posterior_predict(body, weighted, inputs(), num_samples=8)
     torch.testing.assert_close(found.probabilities, (2 * alone[0] + alone[1] + alone[2]) / 4)
+
+
+def test_an_ensemble_has_the_buffers_of_its_members(tmp_path):
+    """Batch normalization with the running statistics of the body is a network that nobody has trained."""
+    pixels = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    data, alone = [{"pixel_values": pixels}], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=3)
+        model = ResNetForImageClassification(config).train()
+        with torch.no_grad():
+            for _ in range(20):
+                model(pixels * (1 + 3 * seed) + seed)
+        model.eval().save_pretrained(tmp_path / str(seed))
+        alone.append(posterior_predict(model, None, data, num_samples=0).probabilities)
+    body = ResNetForImageClassification.from_pretrained(tmp_path / "0")
+    before = {name: tensor.clone() for name, tensor in body.state_dict().items()}
+    mixture = Mixture.from_pretrained([tmp_path / "0", tmp_path / "1"])
+    found = posterior_predict(body, mixture, data, num_samples=2).probabilities
+    torch.testing.assert_close(found, sum(alone) / 2)
+    assert (alone[0] - alone[1]).abs().max() > 0.01
+    assert all(torch.equal(tensor, before[name]) for name, tensor in body.state_dict().items())
+    without = Mixture([weights_of(body)], [None])
+    with pytest.raises(ValueError, match=r"must have all parameters and buffers.*such as `.*running_mean`"):
+        posterior_predict(body, without, data, num_samples=1)
+
+
+def test_buffers_are_swapped_under_the_names_of_the_file(tmp_path):
+    """An adapter's file names a trained head's statistics in its own way; buffers that no file holds stay."""
+    peft = pytest.importorskip("peft")
+
+    def model():
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        net.register_buffer("scratch", torch.ones(2), persistent=False)
+        return peft.get_peft_model(net, peft.LoraConfig(target_modules=["0"], r=1, modules_to_save=["1"]))
+
+    other = model().train()
+    other(torch.randn(8, 3) + 5)
+    other.save_pretrained(tmp_path)
+    body = model()
+    [norm] = [m for n, m in body.named_modules() if isinstance(m, nn.BatchNorm1d) and "modules_to_save" in n]
+    [learnt] = [m for n, m in other.named_modules() if isinstance(m, nn.BatchNorm1d) and "modules_to_save" in n]
+    with Mixture.from_pretrained([tmp_path]).sampled(body):
+        assert torch.equal(norm.running_mean, learnt.running_mean)
+        assert norm.num_batches_tracked == 1
+        norm.running_mean += 1
+    assert torch.equal(norm.running_mean, torch.zeros(4))
+    assert norm.num_batches_tracked == 0
 
 
 def test_multi_ivon_samples_each_posterior(tmp_path):
