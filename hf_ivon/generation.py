@@ -24,13 +24,16 @@ from hf_ivon.predict import evaluation_mode
 
 # What every weight sample would need one of its own of: state beside its cache, and outputs other than logits.
 _REFUSED = (
+    "assistant_early_exit",
     "assistant_model",
     "cache_implementation",
     "encoder_outputs",
+    "guidance_scale",
     "output_attentions",
     "output_hidden_states",
     "past_key_values",
     "prompt_lookup_num_tokens",
+    "use_mtp",
 )
 
 
@@ -80,15 +83,14 @@ def posterior_generate(
     """
     check_samples(posterior, num_samples, seed)
     inner = _language_model(model)
-    if asked := sorted(set(_REFUSED) & {*inputs, *generate_kwargs}):
-        raise ValueError(
-            f"`{asked[0]}` must be left out where several weight samples generate together. Use it in a plain "
-            f"`generate` inside `posterior.sampled`."
-        )
     with evaluation_mode(inner):
         if not num_samples or posterior is None:
             return inner.generate(**inputs, **generate_kwargs)
-        average = _Averaged(inner, _draw(model, inner, posterior, num_samples, seed, ess_scale))
+        defaults = copy.copy(inner.generation_config)
+        defaults.cache_implementation = None  # the caches are made here
+        for name in _REFUSED:
+            _check_setting(name, _setting(name, {**inputs, **generate_kwargs}, defaults))
+        average = _Averaged(inner, defaults, _draw(model, inner, posterior, num_samples, seed, ess_scale))
         return average.generate(**inputs, **generate_kwargs)
 
 
@@ -104,6 +106,24 @@ def _language_model(model: nn.Module) -> Any:
             f"has one of its own. Choose among the texts of `sample_generations` by `minimum_bayes_risk`."
         )
     return inner
+
+
+def _setting(name: str, given: Mapping[str, Any], defaults: Any) -> Any:
+    """Return a setting as `generate` finds it: an argument's, the given configuration's, or the model's own."""
+    if name in given:
+        return given[name]
+    value = getattr(given.get("generation_config"), name, None)
+    return getattr(defaults, name, None) if value is None else value
+
+
+def _check_setting(name: str, value: Any) -> None:
+    """Refuse what cannot be averaged; False, and a guidance scale of 1, ask for nothing."""
+    if value is None or value is False or (name == "guidance_scale" and value == 1):
+        return
+    raise ValueError(
+        f"`{name}` must be left out where several weight samples generate together, also of a generation "
+        f"configuration. Use it in a plain `generate` inside `posterior.sampled`."
+    )
 
 
 def _draw(
@@ -179,10 +199,11 @@ def _own(encoded: Any, index: int) -> Any:
 class _Averaged:
     """A model's `generate`, with a forward pass that averages over weight samples."""
 
-    def __init__(self, model: Any, weights: list[dict[str, Tensor]]) -> None:
+    def __init__(self, model: Any, defaults: Any, weights: list[dict[str, Tensor]]) -> None:
         self.model, self.weights = model, weights
         # A shallow copy has the same weights and modules, but a forward pass of its own: the model is not touched.
         self.front = copy.copy(model)
+        self.front.generation_config = defaults
         self.front.forward = functools.update_wrapper(functools.partial(self.forward), model.forward)
         if model.config.is_encoder_decoder:
             plain = model.get_encoder()
@@ -191,8 +212,7 @@ class _Averaged:
             self.front.get_encoder = lambda: encoder
 
     def generate(self, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config") or self.model.generation_config
-        if kwargs.setdefault("use_cache", config.use_cache is not False):
+        if _setting("use_cache", kwargs, self.front.generation_config) is not False:
             if "past_key_values" not in inspect.signature(self.model.forward).parameters:
                 raise ValueError(self._other_cache())
             kwargs["past_key_values"] = _caches(self.model.config, len(self.weights))

@@ -4,9 +4,11 @@ import threading
 
 import pytest
 import torch
+import transformers
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -284,12 +286,60 @@ def test_what_cannot_be_averaged_is_named():
             posterior_generate(model, posterior, PROMPTS, num_samples=2, **{name: True})
         with pytest.raises(ValueError, match=f"`{name}` must be left out where several weight samples"):
             posterior_generate(model, posterior, {**PROMPTS, name: True}, num_samples=2)
+    allowed = {"output_hidden_states": False, "past_key_values": None, "guidance_scale": 1.0}
+    posterior_generate(model, posterior, PROMPTS, num_samples=2, max_new_tokens=2, **allowed)
     with pytest.raises(ValueError, match="`posterior` must be given for 2 weight samples"):
         posterior_generate(model, None, PROMPTS, num_samples=2)
     with pytest.raises(ValueError, match="must belong to the model"):
         posterior_generate(model, tiny.posterior_of(llama()), PROMPTS, num_samples=2)
     with pytest.raises(ValueError, match="must be able to generate, got BertForSequenceClassification"):
         posterior_generate(tiny.bert(), None, PROMPTS, num_samples=0)
+
+
+ASKED = {
+    "assistant_early_exit": 1,
+    "cache_implementation": "static",
+    "guidance_scale": 1.5,
+    "output_attentions": True,
+    "prompt_lookup_num_tokens": 3,
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_configuration_cannot_ask_for_more_than_an_argument(name):
+    """Prompt lookup in a configuration gave another text, without a word; others failed in Transformers' own words."""
+    model = llama()
+    posterior = tiny.posterior_of(model, std=0.3)
+    refused = f"`{name}` must be left out where several weight samples generate together, also of a generation"
+    config = GenerationConfig(max_new_tokens=4, pad_token_id=0, **{name: ASKED[name]})
+    for settings in ({"generation_config": config}, {name: ASKED[name]}):
+        with pytest.raises(ValueError, match=refused):
+            posterior_generate(model, posterior, PROMPTS, num_samples=2, **settings)
+    settings = {"num_samples": 2, "max_new_tokens": 6}
+    expected = posterior_generate(model, posterior, PROMPTS, **settings)
+    setattr(model.generation_config, name, ASKED[name])
+    if name == "cache_implementation":  # which cache the model likes best
+        assert torch.equal(posterior_generate(model, posterior, PROMPTS, **settings), expected)
+        assert model.generation_config.cache_implementation == "static"
+        return
+    for more in ({}, {"generation_config": GenerationConfig(max_new_tokens=4)}):
+        with pytest.raises(ValueError, match=refused):
+            posterior_generate(model, posterior, PROMPTS, num_samples=2, **more)
+
+
+def test_a_configuration_is_as_good_as_arguments(monkeypatch):
+    """The whole of `generate`'s settings may come as one object; Transformers will not take both for long."""
+    said = []
+    monkeypatch.setattr(transformers.generation.utils.logger, "warning_once", said.append)
+    model = llama()
+    posterior = tiny.posterior_of(model, std=0.3)
+    settings = {"max_new_tokens": 6, "num_beams": 2, "pad_token_id": 0}
+    expected = posterior_generate(model, posterior, PROMPTS, num_samples=2, **settings)
+    for more in ({}, {"use_cache": False}):
+        config = GenerationConfig(**settings, **more)
+        found = posterior_generate(model, posterior, PROMPTS, num_samples=2, generation_config=config)
+        assert torch.equal(found, expected)
+    assert not [text for text in said if "generation-related arguments" in text]
 
 
 def test_least_risk_by_hand():
