@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from hf_ivon.averaging import ScoreAverage, entropy
 from hf_ivon.data import is_language_model
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     Batches = DataLoader | Iterable[Mapping[str, Any]]
 
 _IGNORED = -100  # the label of tokens that the loss leaves out, as in Transformers
+_LOOKED_AT = 256  # numbers of each row that passes over the data are compared by
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,10 @@ def _passes(
     for index, weights in enumerate(samples):
         with torch.no_grad(), evaluation_mode(model), weights:
             batches = shown(data, f"weight sample {index + 1} of {num_samples}" if num_samples else "mean", progress)
-            parts = [read(model, _on_device(batch, device)) for batch in batches]
+            parts, checksum = [], 0
+            for batch in batches:
+                parts.append(read(model, _on_device(batch, device)))
+                checksum = _checksum(batch, checksum)
         if not parts:
             raise ValueError("`data` must have at least one batch, got none. Check the data set and its filters.")
         rows = torch.cat([values for values, _ in parts])
@@ -243,8 +248,8 @@ def _passes(
                 f"Give `labels` of shape (batch,) in every batch or in none."
             )
         if first is None:
-            first = rows.shape, labels
-        elif rows.shape != first[0] or not _equal(labels, first[1]):
+            first = rows.shape, checksum, labels
+        elif (rows.shape, checksum) != first[:2] or not _equal(labels, first[2]):
             raise ValueError(
                 "`data` must give the same examples in the same order whenever it is read, got other ones for the "
                 "second weight sample. Turn off shuffling and random augmentation."
@@ -256,6 +261,17 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
 
 
+def _checksum(batch: Mapping[str, Any], before: int) -> int:
+    """Return a checksum of a batch's inputs and of those before it; of long rows, only of every so manyth number."""
+    for name in sorted(batch):
+        value = batch[name]
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            rows = value.detach().flatten(1) if value.ndim > 1 else value.detach().reshape(-1, 1)
+            rows = rows[:, :: rows.shape[1] // _LOOKED_AT + 1].cpu()
+            before = zlib.crc32(rows.reshape(-1).contiguous().view(torch.uint8).numpy().data, before)
+    return before
+
+
 def _check_data(data: Batches) -> None:
     if iter(data) is data:
         raise ValueError(
@@ -263,10 +279,10 @@ def _check_data(data: Batches) -> None:
             f"Pass a DataLoader or a list of batches."
         )
     sampler = getattr(getattr(data, "batch_sampler", None), "sampler", getattr(data, "sampler", None))
-    if isinstance(sampler, RandomSampler):
+    if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
         raise ValueError(
-            "`data` must give the same examples in the same order whenever it is read, got a DataLoader that "
-            "shuffles. Use `shuffle=False`."
+            f"`data` must give the same examples in the same order whenever it is read, got a DataLoader that "
+            f"shuffles, by a {type(sampler).__name__}. Use `shuffle=False`, or a `Subset` of the data set."
         )
 
 
@@ -302,10 +318,15 @@ def _on_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str
 
 
 def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Return a model's logits, wherever its output has them."""
+    """Return a model's logits, wherever its output has them; a `ValueError` if it has none."""
     outputs = model(**inputs)
     if isinstance(outputs, Tensor):
         return outputs
+    if isinstance(outputs, Mapping) and "logits" not in outputs:
+        raise ValueError(
+            f"`model` must give `logits`, got {', '.join(f'`{name}`' for name in outputs)}. Use `posterior.sampled` "
+            f"and work with its outputs yourself."
+        )
     return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
 
 

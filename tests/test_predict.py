@@ -1,5 +1,6 @@
 """Posterior-averaged prediction: exact cases, independence of batches, the way back to the mean, and a whole road."""
 
+import dataclasses
 import math
 import weakref
 from contextlib import contextmanager
@@ -7,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification
+from torch.utils.data import DataLoader, SubsetRandomSampler, WeightedRandomSampler
+from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
 from hf_ivon import predict
 from hf_ivon.checkpoint import load_posterior
@@ -18,6 +19,7 @@ from hf_ivon.optim import IVON
 from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig
 from hf_ivon.predict import Prediction, posterior_predict
+from hf_ivon.sensitivity import estimate_sensitivity
 
 
 class Linear(nn.Module):
@@ -416,7 +418,15 @@ PAIRS = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
         ([], {"num_samples": 1}, ValueError, "`data` must have at least one batch"),
         (iter(batches(X)), {"num_samples": 2}, ValueError, "must be readable once per weight sample, got list_iter"),
         (DataLoader(PAIRS, 2, shuffle=True), {"num_samples": 2}, ValueError, "a DataLoader that shuffles"),
+        (
+            DataLoader(PAIRS, 2, sampler=SubsetRandomSampler(range(6))),
+            {"num_samples": 2},
+            ValueError,
+            "a SubsetRandomS",
+        ),
+        (DataLoader(PAIRS, sampler=WeightedRandomSampler([1.0], 6)), {"num_samples": 2}, ValueError, "a WeightedRand"),
         (Shuffled(batches(X, Y)), {"num_samples": 2}, ValueError, "same examples in the same order"),
+        (Shuffled(batches(X[:4], size=2)), {"num_samples": 2}, ValueError, "same examples in the same order"),
         (Shuffled(batches(X, size=6) + batches(X[:5], Y[:5])), {"num_samples": 1}, ValueError, "5 labels for 11 ex"),
         (batches(X, torch.ones(6, 3)), {"num_samples": 1}, ValueError, "18 labels for 6 examples"),
         ([X], {"num_samples": 1}, TypeError, "must be a mapping of the model's arguments, got Tensor"),
@@ -451,3 +461,52 @@ def test_other_kinds_of_heads_are_refused(problem, message):
     model.config = BertConfig(problem_type=problem)
     with pytest.raises(ValueError, match=message):
         posterior_predict(model, posterior_of(model), batches(X), num_samples=1)
+
+
+class Noisy:
+    """A data set whose rows come with other random numbers, of every kind of tensor, each time."""
+
+    def __init__(self, make):
+        self.make, self.generator = make, torch.Generator().manual_seed(0)
+
+    def __iter__(self):
+        yield {"x": X, "more": self.make(self.generator)}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda g: torch.randn(6, 3, 70, 70, generator=g).to(torch.bfloat16),
+        lambda g: torch.randn(6, 5000, generator=g, dtype=torch.float64).T,
+        lambda g: torch.randint(0, 2, (6, 40), generator=g) > 0,
+        lambda g: torch.randint(0, 1000, (6,), generator=g),
+        lambda g: torch.rand((), generator=g),
+    ],
+    ids=["bf16", "transposed", "bool", "one a row", "one"],
+)
+def test_other_inputs_in_the_second_pass_are_noticed(make):
+    """Without labels nothing else shows that predictions for different inputs are averaged."""
+
+    class Takes(Linear):
+        def forward(self, x, more):
+            return super().forward(x)
+
+    model = Takes(4, 3)
+    with pytest.raises(ValueError, match="same examples in the same order whenever it is read"):
+        posterior_predict(model, posterior_of(model), Noisy(make), num_samples=2)
+    fixed = [{"x": X, "more": make(torch.Generator().manual_seed(0))} for _ in range(2)]
+    assert len(posterior_predict(model, posterior_of(model), fixed, num_samples=2).probabilities) == 12
+
+
+def test_a_model_without_logits_is_told_what_to_do():
+    """A `KeyError` says neither what the model gives, nor that there is another way."""
+    sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = BertForQuestionAnswering(BertConfig(**sizes)).eval()
+    message = "`model` must give `logits`, got `start_logits`, `end_logits`. Use `posterior.sampled`"
+    data = [{"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}]
+    with pytest.raises(ValueError, match=message):
+        posterior_predict(model, None, data, num_samples=0)
+    posterior = posterior_of(model)
+    posterior.config = dataclasses.replace(posterior.config, num_examples=2)
+    with pytest.raises(ValueError, match=message):
+        estimate_sensitivity(model, posterior, data)
