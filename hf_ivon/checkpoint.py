@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hf_ivon import distributed
 from hf_ivon.json_files import read_json, to_text
 from hf_ivon.mean import match_problems, mean_digest, posterior_keys
 from hf_ivon.posterior import Posterior
@@ -176,6 +177,7 @@ def load_posterior(
         directory: A directory with the posterior's files, which must stay as they are while the posterior is in use.
         model: The model that holds the mean; names, shapes and the digest are checked against it. Without it they are
             checked against `model.safetensors` or `adapter_model.safetensors` in the directory, where there is one.
+            Loaded in another dtype than it was trained in, it is compared with these files.
         check_values: Read all files once, a tensor at a time, to check the variances and the digest of the mean in the
             directory. If False only configurations and headers are read, and the variances of a tensor are checked
             when it is first used; the digest is then checked against `model` alone.
@@ -266,7 +268,9 @@ def _mean_problems(
             )
             return match_problems(shared, headers(mean))
         problems = match_problems(variance, headers(mean))
-        if not problems and digest is not None and mean_digest(mean, variance) != digest:
+        if problems or digest is None or mean_digest(mean, variance) == digest:
+            return problems
+        if model is None or not _is_cast(mean, _mean_beside(directory, variance, []), variance, digest):
             problems.append(
                 "the mean beside it is not the one it belongs to (its digest differs: the weights were changed, "
                 "replaced, or loaded in another dtype)"
@@ -274,6 +278,16 @@ def _mean_problems(
     except (SafetensorError, OSError) as err:
         problems.append(f"the mean beside it cannot be read: {err}")
     return problems
+
+
+def _is_cast(
+    mean: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None, names: Iterable[str], digest: str
+) -> bool:
+    """Tell whether the mean of a model is the one that was saved beside the posterior, only in other dtypes."""
+    if saved is None or not saved.keys() >= set(names) or mean_digest(saved, names) != digest:
+        return False
+    loaded = ((saved[name], distributed.full(mean[name]).cpu()) for name in names)
+    return all(torch.equal(was.to(tensor.dtype), tensor) for was, tensor in loaded)
 
 
 def _mean_beside(directory: Path, variance: Mapping[str, Entry], problems: list[str]) -> Mapping[str, Tensor] | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BertForSequenceClassification
 
 from hf_ivon import checkpoint
 from hf_ivon.checkpoint import PosteriorFormatError, load_posterior, posterior_files, save_posterior, variance_problems
@@ -380,6 +381,39 @@ def test_an_adapters_checkpoint_round_trips(tmp_path, options):
     model.save_pretrained(tmp_path)
     with pytest.raises(PosteriorFormatError, match="the mean beside it is not the one"):
         load_posterior(tmp_path)
+
+
+@pytest.mark.parametrize(("trained", "loaded"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_mean_may_be_loaded_in_another_dtype(tmp_path, trained, loaded):
+    """A head trained on a base in bf16 is saved in bf16, and was refused on the same base in fp32."""
+    peft = pytest.importorskip("peft")
+    tiny.bert(num_labels=2).save_pretrained(tmp_path / "base")
+
+    def base(dtype):
+        return BertForSequenceClassification.from_pretrained(tmp_path / "base", dtype=dtype)
+
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=2)
+    model = peft.get_peft_model(base(trained), config)
+    params = [p for p in model.parameters() if p.requires_grad]
+    posterior = Posterior.from_optimizer(IVON(params, lr=0.1, ess=10.0), model)
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(adapter)
+    posterior.save_pretrained(adapter)
+    found = peft.PeftModel.from_pretrained(base(loaded), adapter)
+    own = {p.dtype for name, p in found.named_parameters() if "modules_to_save" in name}
+    assert own == {getattr(torch, loaded)}
+    assert_same(load_posterior(adapter, found), posterior)
+    with torch.no_grad():
+        [p for name, p in found.named_parameters() if "modules_to_save" in name][0][0] *= 1.01
+    with pytest.raises(PosteriorFormatError, match="the mean beside it is not the one"):
+        load_posterior(adapter, found)
+    found = peft.PeftModel.from_pretrained(base(loaded), adapter)
+    with torch.no_grad():
+        params[0][0] += 1
+    model.save_pretrained(adapter)  # over the mean that the posterior belongs to
+    for changed in (found, peft.PeftModel.from_pretrained(base(loaded), adapter)):
+        with pytest.raises(PosteriorFormatError, match="the mean beside it is not the one"):
+            load_posterior(adapter, changed)
 
 
 def test_the_format_is_still_version_1(tmp_path):
