@@ -25,6 +25,7 @@ from hf_ivon.mixture import Mixture
 from hf_ivon.posterior import Posterior
 from hf_ivon.predict import evaluation_mode
 
+_DTYPES = ("dtype", "torch_dtype")  # the name that Transformers gives it, and the one it gave before
 _WINDOW = 256  # batches of an endless stream that share one round of weight samples
 
 
@@ -67,14 +68,15 @@ def pipeline(
         ess_scale: Factor on the precision of the posterior, > 0; below 1 it is wider than it was saved.
         abstain_above: Uncertainty above which no label is given, in the unit of `abstain_by`; None never abstains.
         abstain_by: Which uncertainty that is: "entropy", "mutual_information", or "variance" for a regression.
-        kwargs: Passed to `transformers.pipeline`, such as `device`, `batch_size`, `revision` or `top_k`.
+        kwargs: Passed to `transformers.pipeline`, such as `device`, `batch_size`, `revision` or `top_k`. With an
+            adapter's directory, `dtype` and `model_kwargs` are refused.
 
     Returns:
         The pipeline; the settings above are attributes of it, and can be changed.
 
     Raises:
-        ValueError: If the task is another one, a number is not in its range, or the posterior does not belong to the
-            model.
+        ValueError: If the task is another one, a number is not in its range, an argument has no effect, or the
+            posterior does not belong to the model.
         PosteriorFormatError: If there is no posterior where the model is, or anything is wrong with it.
 
     Source:
@@ -93,6 +95,11 @@ def pipeline(
     if place is not None and (Path(place) / "adapter_config.json").is_file():
         from hf_ivon.data import load_checkpoint
 
+        if ignored := [name for name in (*_DTYPES, "model_kwargs") if kwargs.get(name) not in (None, "auto", {})]:
+            raise ValueError(
+                f"`{ignored[0]}` must be left out for an adapter's directory, got {kwargs[ignored[0]]!r}. Load the "
+                f"adapter on its base model as you want it, and pass that with its `posterior` and `tokenizer`."
+            )
         model, tokenizer = load_checkpoint(place)  # as a PEFT model, whose tensors have the names of its posterior
         kwargs.setdefault("tokenizer", tokenizer)
     pipe = transformers.pipeline(task, model=model, pipeline_class=_CLASSES[task], **kwargs)
@@ -109,7 +116,7 @@ def _read_posterior(place: str, model: Any, kwargs: dict[str, Any]) -> Posterior
     where = {k: own[k] for k in ("cache_dir", "local_files_only", "subfolder") if k in own}
     where |= {k: kwargs[k] for k in ("revision", "token") if k in kwargs}
     # Loaded in another dtype, or quantized, the mean is no longer the one that the posterior was saved with.
-    as_saved = kwargs.get("dtype", "auto") == "auto" and not set(own) - set(where)
+    as_saved = all(kwargs.get(name, "auto") == "auto" for name in _DTYPES) and not set(own) - set(where)
     return Posterior.from_pretrained(place, model if as_saved else None, check_values=True, **where)
 
 

@@ -285,9 +285,10 @@ def test_a_checkpoint_is_opened_with_its_posterior(tmp_path):
     posterior.save_pretrained(tmp_path)
     pipe = pipeline("sentiment-analysis", tmp_path, num_samples=3, device="cpu")
     assert pipe(TEXTS) == texts(model, posterior, num_samples=3)(TEXTS)
-    half = pipeline("text-classification", str(tmp_path), num_samples=3, device="cpu", dtype=torch.bfloat16)
-    assert half.model.dtype == torch.bfloat16
-    assert half("bad")[0]["score"] == pytest.approx(pipe("bad")[0]["score"], abs=0.1)
+    for name in ("dtype", "torch_dtype"):
+        half = pipeline("text-classification", str(tmp_path), num_samples=3, device="cpu", **{name: torch.bfloat16})
+        assert half.model.dtype == torch.bfloat16
+        assert half("bad")[0]["score"] == pytest.approx(pipe("bad")[0]["score"], abs=0.1)
     with torch.no_grad():
         model.classifier.bias += 1.0
     model.save_pretrained(tmp_path)
@@ -310,6 +311,11 @@ def test_an_adapters_directory_is_opened_with_its_posterior(tmp_path, task):
     found = pipeline(task, tmp_path / "adapter", num_samples=2, device="cpu")(TEXTS)
     loaded = pipeline(task, model, posterior=posterior, num_samples=2, tokenizer=tiny.tokenizer(), device="cpu")
     assert found == loaded(TEXTS)
+    same = pipeline(task, tmp_path / "adapter", num_samples=2, device="cpu", dtype="auto", model_kwargs={})
+    assert found == same(TEXTS)
+    for name, value in {"dtype": torch.bfloat16, "torch_dtype": "float16", "model_kwargs": {"cache_dir": "x"}}.items():
+        with pytest.raises(ValueError, match=f"`{name}` must be left out for an adapter's directory, got "):
+            pipeline(task, tmp_path / "adapter", **{name: value})
 
 
 def test_an_interrupt_leaves_the_mean_and_the_modes(monkeypatch):
