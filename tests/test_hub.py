@@ -176,6 +176,23 @@ def test_the_command_says_where_it_went(tmp_path, hub):
     assert_same(NAME, model, posterior, revision="refs/pr/1")
 
 
+def test_a_posterior_alone_does_not_take_the_mean_away(tmp_path, hub):
+    """A posterior that was converted into a directory of its own would delete the model that is on the Hub."""
+    model, posterior = make(tmp_path / "saved")
+    push(tmp_path / "saved", NAME)
+    before = dict(hub.repositories[NAME].files)
+    save_posterior(posterior, tmp_path / "only")
+    hub.asked.clear()
+    result = invoke("push", tmp_path / "only", NAME)
+    assert result.exit_code == 2, result.output
+    assert "must hold the mean" in result.output
+    assert f"push_to_hub('{NAME}')" in result.output
+    assert not hub.asked
+    assert hub.repositories[NAME].files == before
+    load_posterior(tmp_path / "only").push_to_hub(NAME)  # as the message says
+    assert_same(NAME, model, posterior)
+
+
 def test_the_mean_loads_without_this_package(tmp_path, hub):
     """Whoever has Transformers only must get the mean, from a repository that also holds a posterior and a card."""
     model, _ = make(tmp_path / "saved")

@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from hf_ivon.checkpoint import CONFIG_NAME, load_posterior, save_posterior
 from hf_ivon.hub.card import CARD_NAME, write_card
+from hf_ivon.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     from hf_ivon.posterior import Posterior
@@ -141,10 +142,19 @@ def push(
         The Hub client's `CommitInfo`.
 
     Raises:
-        ValueError: If the posterior cannot be used or does not belong to the mean; nothing is uploaded then.
+        ValueError: If the posterior cannot be used, there is no mean, or they do not belong together; nothing is
+            uploaded then.
         OSError: If the Hub cannot be reached or refuses.
     """
     load_posterior(directory)
+    stems = ("model", "adapter_model")
+    if not any(file.is_file() for stem in stems for file in TensorFiles(Path(directory), stem, []).files):
+        # The commit would take the mean out of the repository, and nothing would come in its place.
+        raise ValueError(
+            f"The directory must hold the mean, `model.safetensors` or `adapter_model.safetensors`, got a posterior "
+            f"alone in {str(directory)!r}. Copy the model's files there, or upload the posterior beside a mean that "
+            f"is on the Hub: `load_posterior({str(directory)!r}).push_to_hub({repo_id!r})`."
+        )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     write_card(directory, repo_id, license=license)
