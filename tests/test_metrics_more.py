@@ -127,6 +127,17 @@ def test_detection_at_the_extremes():
             metrics.out_of_domain_detection(inside, outside)
 
 
+def test_detection_counts_many_examples_exactly():
+    """A sum of ranks in fp32 is rounded: for a million examples against ten the area was more than 1."""
+    high, low = torch.linspace(1, 2, 1_000_000, dtype=torch.float64), torch.linspace(0, 0.5, 10, dtype=torch.float64)
+    assert metrics.out_of_domain_detection(high, low)["auroc"] == 1
+    generator = torch.Generator().manual_seed(0)
+    inside, outside = torch.randn(300_000, generator=generator) + 1, torch.randn(100, generator=generator)
+    labels, scores = np.repeat([1, 0], [len(inside), len(outside)]), torch.cat([inside, outside]).numpy()
+    expected = roc_auc_score(labels, scores)
+    assert metrics.out_of_domain_detection(inside, outside)["auroc"] == pytest.approx(expected, abs=1e-9)
+
+
 def test_distances_to_a_reference():
     """Agreement and total variation by hand; the Wasserstein distance where SciPy's first order is also the second."""
     p, q = torch.tensor([[0.7, 0.3], [0.2, 0.8]]), torch.tensor([[0.6, 0.4], [0.9, 0.1]])

@@ -39,8 +39,8 @@ def out_of_domain_detection(inside: Tensor, outside: Tensor) -> dict[str, float]
     scores = torch.cat([ours, theirs])
     is_inside = torch.cat([torch.ones_like(ours), torch.zeros_like(theirs)])
     values, group, counts = scores.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    ranks = (last - (counts - 1) / 2)[group]  # of equal scores the average rank
+    last = counts.cumsum(0).double()  # half an integer would be fp32, which does not hold the ranks of many examples
+    ranks = (last - (counts.double() - 1) / 2)[group]  # of equal scores the average rank
     auroc = (ranks[: len(ours)].sum() - len(ours) * (len(ours) + 1) / 2) / (len(ours) * len(theirs))
     return {
         "fpr95": passed,
