@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_ivon.columns import LABELS, holds_text, labels_of, text_columns_of, texts_of
+
 if TYPE_CHECKING:
     from hf_ivon.predict import Prediction
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
-_LABELS = ("label", "labels")
 # PEFT's task types, and how the model classes for them end.
 CLASS_ENDINGS = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -48,11 +50,15 @@ def load_rows(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Any:
     suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
     if suffix not in _FORMATS:
         raise ValueError(f"A data file must be one of {', '.join(_FORMATS)} (also .gz), got {shown}. Convert it.")
+    if not file.stat().st_size:
+        raise ValueError(f"The data file {shown} must hold rows, got an empty file. Write it again.")
     try:
-        rows = datasets.load_dataset(_FORMATS[suffix], data_files=str(file), split="train")
+        # The name would be taken for a pattern.
+        rows = datasets.load_dataset(_FORMATS[suffix], data_files=glob.escape(str(file)), split="train")
     except Exception as err:  # datasets wraps the reader's errors in classes of its own
         cause = err.__cause__ or err
-        raise ValueError(f"The data file {shown} cannot be read as {suffix[1:]}: {cause}") from err
+        reason = "no row was found" if isinstance(cause, StopIteration) else str(cause) or type(cause).__name__
+        raise ValueError(f"The data file {shown} cannot be read as {suffix[1:]}: {reason}") from err
     return check_rows(rows, columns, shown)
 
 
@@ -97,8 +103,14 @@ def load_checkpoint(directory: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
     model, name = load_model(directory), str(directory)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except OSError as err:
+    except (OSError, ValueError, TypeError) as err:  # Transformers builds some without a file, and fails on the way
         raise ValueError(f"The model must have its tokenizer beside it, got {name!r}: {err}") from err
+    # Without files it also builds tokenizers for which every word is unknown; a few of them have one piece, "▁".
+    if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) <= 1:
+        raise ValueError(
+            f"The model must have its tokenizer beside it, got {name!r} without: Transformers makes one of the "
+            f"configuration that knows no word. Save the tokenizer there: `tokenizer.save_pretrained({name!r})`."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -179,6 +191,7 @@ def load_batches(
     max_examples: int | None = None,
     seed: int = 0,
     with_rows: bool = False,
+    with_labels: bool = True,
 ) -> list[dict[str, Tensor]]:
     """Return examples as batches for a model, examples of similar length together.
 
@@ -187,55 +200,69 @@ def load_batches(
         model: A classifier, a regression or a causal language model.
         tokenizer: Its tokenizer.
         text_columns: One column, or two for pairs; by default all columns that hold text, except the label.
-        max_length: Tokens at which a text is cut.
+        max_length: Tokens at which a text is cut; of a model or a tokenizer that takes fewer, at these.
         batch_size: Examples in a batch.
         max_examples: Take a random choice of so many; None takes all.
         seed: Of the choice.
         with_rows: Also say in each batch, as `row`, which rows of the data it has, counted from 0.
+        with_labels: Read the labels; False for data of another domain, whose labels are not the model's.
 
     Returns:
         Batches of padded tensors, with `labels` where the file has a column `label`; of a language model, the tokens.
 
     Raises:
-        ValueError: If the columns cannot be used.
+        ValueError: If the columns cannot be used, or a row lacks a text or a label.
     """
-    from transformers import DataCollatorWithPadding
-
-    is_file = isinstance(data, (str, os.PathLike))
+    is_file, is_lm = isinstance(data, (str, os.PathLike)), is_language_model(model)
     where = repr(str(data)) if is_file else "the given rows"
     rows = load_rows(data, text_columns) if is_file else check_rows(data, text_columns, where)
     columns = text_columns_of(rows, text_columns)
-    if not 1 <= len(columns) <= 2 or not all(isinstance(rows[0][c], str) for c in columns):
+    if not 1 <= len(columns) <= 2 or not all(holds_text(rows, c) for c in columns):
         raise ValueError(
             f"One or two columns of {where} must be read as text, got {columns or 'none'} of "
             f"{', '.join(rows.column_names)}. Name them by --text-columns."
         )
+    texts = [texts_of(rows, c, where) for c in columns]
+    label = next((c for c in LABELS if c in rows.column_names), None) if with_labels and not is_lm else None
+    labels = None if label is None else labels_of(rows, label, getattr(model, "config", None), where)
     numbers = list(range(len(rows)))
     if max_examples is not None and max_examples < len(rows):
         chosen = rows.add_column("hf_ivon_row", numbers).shuffle(seed=seed).select(range(max_examples))
-        rows, numbers = chosen.remove_columns("hf_ivon_row"), list(chosen["hf_ivon_row"])
-    label = next((c for c in _LABELS if c in rows.column_names), None)
-    is_lm = is_language_model(model)
-    inputs = tokenizer(*(list(rows[c]) for c in columns), truncation=True, max_length=max_length)
-    examples = [{k: v[i] for k, v in inputs.items()} for i in range(len(rows))]
+        numbers = list(chosen["hf_ivon_row"])
+    limits = [max_length, tokenizer.model_max_length, _positions(model)]
+    cut = {"truncation": True, "max_length": min(limit for limit in limits if limit)}
+    inputs = tokenizer(*([column[number] for number in numbers] for column in texts), **cut)
+    examples = [{k: v[i] for k, v in inputs.items()} for i in range(len(numbers))]
     if with_rows:
         examples = [{**e, "row": number} for e, number in zip(examples, numbers, strict=True)]
     if is_lm:
         examples = [e for e in examples if len(e["input_ids"]) > 1]
-    elif label is not None:
-        examples = [{**e, "labels": value} for e, value in zip(examples, rows[label], strict=True)]
+    elif labels is not None:
+        examples = [{**e, "labels": labels[number]} for e, number in zip(examples, numbers, strict=True)]
     examples.sort(key=lambda e: len(e["input_ids"]))
-    collate = DataCollatorWithPadding(tokenizer)
-    batches = [dict(collate(examples[i : i + batch_size])) for i in range(0, len(examples), batch_size)]
+    # On the left, padding would move a language model's positions, and its first token be predicted from padding.
+    side = "right" if is_lm else tokenizer.padding_side
+    batches = [
+        dict(tokenizer.pad(examples[i : i + batch_size], padding_side=side, return_tensors="pt"))
+        for i in range(0, len(examples), batch_size)
+    ]
     for batch in batches:
         if is_lm:
             batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
     return batches
 
 
-def text_columns_of(rows: Any, given: Sequence[str] = ()) -> list[str]:
-    """Return the columns that are given, or all that hold text, except the label."""
-    return list(given) or [c for c in rows.column_names if c not in _LABELS and isinstance(rows[0][c], str)]
+def _positions(model: nn.Module) -> int | None:
+    """Return how many tokens a model has positions for; None if its configuration does not say."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    numbers = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    found = next((n for n in numbers if isinstance(n, int) and n > 0), None)
+    for name, module in model.named_modules():
+        is_table = isinstance(module, nn.Embedding) and "position" in name and module.num_embeddings == found
+        if found and is_table and module.padding_idx is not None:
+            return found - module.padding_idx - 1  # RoBERTa and its like count from the one after that of padding
+    return found
 
 
 def evaluate(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:

@@ -70,6 +70,11 @@ def test_the_other_domain_may_have_other_columns(classifiers):
         assert result.exit_code == 0, result.output
         numbers.append(json.loads((classifiers / "out.json").read_text()))
     assert numbers[0] == numbers[1] == numbers[2]
+    named = [{**row, "label": "fiction"} for row in rows]  # the labels of another domain are not the model's
+    (classifiers / "named.jsonl").write_text("\n".join(map(json.dumps, named)))
+    result = invoke(*start, classifiers / "named.jsonl")
+    assert result.exit_code == 0, result.output
+    assert json.loads((classifiers / "out.json").read_text()) == numbers[0]
     result = invoke(*start, classifiers / "body.jsonl")
     assert result.exit_code == 2
     assert "lacks the column(s) text" in result.output

@@ -87,10 +87,7 @@ def run(
         }
     outside = None
     if ood_file is not None:
-        outside = [
-            {k: v for k, v in batch.items() if k != "labels"}
-            for batch in load_batches(ood_file, model, tokenizer, **ood_columns)
-        ]
+        outside = load_batches(ood_file, model, tokenizer, **ood_columns, with_labels=False)
     results: dict[str, Any] = {"data": file.name, "ess_scale": sampling["ess_scale"]}
     entropies, reliability, by_samples = {}, {}, {}
 

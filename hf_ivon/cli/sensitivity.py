@@ -69,7 +69,8 @@ def run(
     seed: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Return the summary, and what is known of each example, the highest sensitivity first."""
-    from hf_ivon.data import load_batches, load_checkpoint, load_rows, text_columns_of
+    from hf_ivon.columns import LABELS, text_columns_of
+    from hf_ivon.data import load_batches, load_checkpoint, load_rows
     from hf_ivon.posterior import Posterior
     from hf_ivon.sensitivity import estimate_sensitivity
 
@@ -87,7 +88,7 @@ def run(
     columns, rows = text_columns_of(data, text_columns), []
     for i in found.score.argsort(descending=True, stable=True).tolist():
         example = data[numbers[i]]
-        labels = [example[name] for name in ("label", "labels") if name in example]
+        labels = [example[name] for name in LABELS if name in example]
         label = {"label": labels[0]} if labels else {}
         numeric = {"sensitivity": found.score[i], "loss": found.loss[i], "loo_loss": found.loo_loss[i]}
         row = {"row": numbers[i], **{name: float(value) for name, value in numeric.items()}}
