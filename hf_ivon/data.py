@@ -51,7 +51,7 @@ def load_rows(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Any:
     if suffix not in _FORMATS:
         raise ValueError(f"A data file must be one of {', '.join(_FORMATS)} (also .gz), got {shown}. Convert it.")
     if not file.stat().st_size:
-        raise ValueError(f"The data file {shown} must hold rows, got an empty file. Write it again.")
+        raise ValueError(f"The data file {shown} is empty. Check what wrote it.")
     try:
         # The name would be taken for a pattern.
         rows = datasets.load_dataset(_FORMATS[suffix], data_files=glob.escape(str(file)), split="train")
@@ -150,6 +150,12 @@ def load_model(directory: str | os.PathLike[str]) -> nn.Module:
     except OSError as err:
         raise ValueError(f"The model must be a directory or a repository, got {name!r}: {err}") from err
     return model.eval()
+
+
+def best_device() -> torch.device:
+    """Return the accelerator of this machine, the CPU if it has none."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device or torch.device("cpu")
 
 
 def model_class(config: Any) -> Any:

@@ -29,9 +29,17 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".state")
 
 
@@ -85,23 +93,29 @@ class TensorFiles(Mapping[str, Tensor]):
                 problems.append(f"{path.name} is missing{_pickles(directory, stem)}")
                 continue
             try:
-                names = self._read_header(path)
-            except (SafetensorError, OSError, KeyError) as err:
+                names = self._read_header(path, problems)
+            except (SafetensorError, OSError) as err:
                 problems.append(f"{path.name} is truncated or not a safetensors file ({err})")
                 continue
             if expected is not None and names != expected[path.name]:
                 wrong = sorted(names ^ expected[path.name])
                 problems.append(f"{path.name} and the index disagree about {', '.join(wrong[:3])}")
 
-    def _read_header(self, path: Path) -> set[str]:
+    def _read_header(self, path: Path, problems: list[str]) -> set[str]:
+        unknown = set()
         with safe_open(path, framework="pt") as file:
             self.metadata[path.name] = dict(file.metadata() or {})
             names = set(file.keys())
             offsets = _offsets(path)
             for name in sorted(names):
                 part = file.get_slice(name)
-                shape = tuple(part.get_shape())
-                self.entries[name] = Entry(path, DTYPES[part.get_dtype()], shape, offsets[name])
+                shape, stored = tuple(part.get_shape()), part.get_dtype()
+                if stored in DTYPES:
+                    self.entries[name] = Entry(path, DTYPES[stored], shape, offsets[name])
+                else:
+                    unknown.add(stored)
+        if unknown:
+            problems.append(f"{path.name} holds tensors of the dtype {', '.join(sorted(unknown))}, which is not read")
         return names
 
     def __getitem__(self, name: str) -> Tensor:

@@ -172,7 +172,7 @@ def test_a_files_name_is_no_pattern(tmp_path):
     rows = [{"text": "one"}, {"text": "two"}]
     assert load_rows(write(tmp_path / "part[1]*.jsonl", rows)).to_list() == rows
     for name, content, message in (
-        ("empty.jsonl", "", "must hold rows, got an empty file"),
+        ("empty.jsonl", "", "is empty"),
         ("blank.jsonl", "\n", "cannot be read as jsonl: ."),
         ("broken.jsonl", "{", "cannot be read as jsonl: ."),
     ):

@@ -1,0 +1,45 @@
+"""Tensors in safetensors files: every dtype that torch has is read, whole and by rows, and another one is named."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_ivon import Posterior, load_posterior, save_posterior
+from hf_ivon.tensor_files import TensorFiles
+from tests import tiny
+
+OTHERS = ("uint16", "uint32", "uint64", "complex64", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+
+
+@pytest.mark.parametrize("name", ["float64", "bfloat16", "int8", "bool", *OTHERS])
+def test_a_file_holds_any_dtype(tmp_path, name):
+    """A model with a buffer of an unusual dtype would be called a truncated file, and its posterior not be loaded."""
+    dtype = getattr(torch, name, None)
+    if dtype is None:
+        pytest.skip("this torch does not have it")
+    stored = torch.arange(6 * torch.empty(0, dtype=dtype).itemsize, dtype=torch.uint8) % 2
+    stored = stored.view(dtype).reshape(3, 2)
+    model = tiny.bert()
+    tensors = {key: p.detach() for key, p in model.named_parameters()}
+    save_file({**tensors, "extra": stored}, tmp_path / "model.safetensors")
+    posterior = tiny.posterior_of(model)
+    save_posterior(posterior, tmp_path)
+    assert isinstance(load_posterior(tmp_path), Posterior)
+    problems = []
+    files = TensorFiles(tmp_path, "model", problems)
+    assert not problems
+    assert (files.entries["extra"].dtype, files.entries["extra"].shape) == (dtype, (3, 2))
+    for found, expected in ((files["extra"], stored), (files.rows("extra", 1, 3), stored[1:])):
+        assert found.dtype == dtype
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch cannot write it")
+def test_a_dtype_that_is_not_read_is_named(tmp_path):
+    """Someone would look for a broken download where the file only holds numbers of 4 bits."""
+    packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    save_file({"a": packed, "b": packed.clone(), "c": torch.ones(2)}, tmp_path / "model.safetensors")
+    problems = []
+    files = TensorFiles(tmp_path, "model", problems)
+    assert list(files) == ["c"]
+    assert problems == ["model.safetensors holds tensors of the dtype F4, which is not read"]
