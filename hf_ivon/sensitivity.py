@@ -176,8 +176,8 @@ class _Weights:
 
 def _of_outputs(outputs: Tensor, labels: Tensor, weights: _Weights) -> dict[str, Any]:
     """Return what is known of an example of a classifier or a regression."""
-    known = outputs.detach().double().cpu()
-    label = labels.double().cpu() if len(outputs) == 1 else labels.cpu()
+    known = outputs.detach().cpu().double()  # there are devices without fp64
+    label = labels.cpu().double() if len(outputs) == 1 else labels.cpu()
     if label.numel() != 1 or (len(outputs) > 1 and not 0 <= int(label) < len(outputs)):
         raise ValueError(
             f"`labels` must be one class of {len(outputs)} per example, got {labels.tolist()}. Check the data."
@@ -187,7 +187,7 @@ def _of_outputs(outputs: Tensor, labels: Tensor, weights: _Weights) -> dict[str,
     else:
         error = known.softmax(0)
         error[int(label)] -= 1.0
-    step = weights.spread(weights.gradient(outputs @ error.to(outputs), last=False))
+    step = weights.spread(weights.gradient(outputs @ error.to(outputs.dtype).to(outputs.device), last=False))
     change, variance = [], []
     for i in range(len(outputs)):
         row = weights.gradient(outputs[i], last=i + 1 == len(outputs))

@@ -2,11 +2,12 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
 
-from hf_ivon import load_posterior, metrics, plots, posterior_predict
+from hf_ivon import data, json_files, load_posterior, metrics, plots, posterior_predict
 from hf_ivon.data import evaluate, load_batches, load_checkpoint
 from tests import tiny
 from tests.classifiers import classifiers, invoke
@@ -97,3 +98,52 @@ def test_options_without_effect_are_refused(tmp_path):
         result = invoke(*start, *flags)
         assert result.exit_code == 2, result.output
         assert f"{names} must be left out for a language model" in result.output
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sensitivity"])
+def test_results_have_a_place_before_they_are_computed(classifiers, monkeypatch, command):
+    """An hour of predictions would end in a traceback, because a directory was given for a file, and be lost."""
+    (classifiers / "file").write_text("")
+    start = [command, classifiers / "films", "--data", classifiers / "films.jsonl"]
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "load_checkpoint", lambda directory: pytest.fail("the work began"))
+        for flags, message in (
+            (["--output", classifiers], "`output` must be a file, got the directory"),
+            (["--output", classifiers / "file" / "out.json"], "`output` must be in a directory, got"),
+            (["--plots", classifiers / "file"], "`plots` must be in a directory, got"),
+        ):
+            result = invoke(*start, *flags)
+            assert result.exit_code == 2, result.output
+            assert message in result.output
+        patch.setitem(sys.modules, "matplotlib", None)
+        result = invoke(*start, "--plots", classifiers / "figures")
+        assert result.exit_code == 2
+        assert "Figures need `matplotlib`: pip install 'hf_ivon[plots]'" in result.output
+    assert not (classifiers / "figures").exists()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    for name in ("write_json", "write_json_lines"):
+        monkeypatch.setattr(json_files, name, full)
+    result = invoke(*start, "--output", classifiers / "out.json")
+    assert result.exit_code == 2
+    assert re.search(r"^(accuracy|loss) +\d", result.output, re.M)
+    assert "was not written as a whole: [Errno 28] No space left on device" in result.output
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sensitivity"])
+def test_the_model_goes_to_the_accelerator(classifiers, monkeypatch, command):
+    """A machine's GPU would stand idle while its CPU takes a hundred times as long."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
+    assert data.best_device() == device
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert data.best_device() == torch.device("cpu")
+    moved = []
+    monkeypatch.setattr(data, "best_device", lambda: device)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, where: moved.append((type(model).__name__, where)))
+    result = invoke(command, classifiers / "films", "--data", classifiers / "films.jsonl")
+    assert result.exit_code == 0, result.output
+    assert moved[-1] == ("BertForSequenceClassification", device)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from hf_ivon.cli.outputs import check_outputs, writing
 
 
 def evaluate(
@@ -38,21 +41,25 @@ def evaluate(
     try:
         if ood_text_columns and ood_data is None:
             raise ValueError("`ood_text_columns` must come with `ood_data`. Add --ood-data.")
+        check_outputs(output, plots)
         columns = {"text_columns": text_columns or [], "max_length": max_length, "batch_size": batch_size}
         ood_columns = {**columns, "text_columns": ood_text_columns or columns["text_columns"]}
         sampling = {"num_samples": num_samples, "seed": seed, "ess_scale": ess_scale}
-        results = run(model, data, sampling, tolerance, ood_data, columns, ood_columns, plots)
+        results, draw = run(model, data, sampling, tolerance, ood_data, columns, ood_columns, plots is not None)
     except (ValueError, ImportError) as err:
         typer.echo(f"error: {err}", err=True)
         raise typer.Exit(2) from None
-    if output is not None:
-        from hf_ivon.json_files import write_json
-
-        write_json(output, results)
     width = max(len(name) for name in results["mean"])
     typer.echo(f"{'':<{width}}  {'mean':>10}  {'averaged':>10}   {results['num_samples']} weight samples")
     for name, value in results["mean"].items():
         typer.echo(f"{name:<{width}}  {value:>10.4f}  {results['averaged'][name]:>10.4f}")
+    with writing():
+        if output is not None:
+            from hf_ivon.json_files import write_json
+
+            write_json(output, results)
+        if plots is not None:
+            draw(plots)
 
 
 def run(
@@ -63,10 +70,10 @@ def run(
     ood_file: Path | None,
     columns: dict[str, Any],
     ood_columns: dict[str, Any],
-    plots: Path | None,
-) -> dict[str, Any]:
-    """Return the file's name as `data`, metrics as `mean` and `averaged`, `num_samples` and `ess_scale`."""
-    from hf_ivon.data import is_language_model, load_batches, load_checkpoint, metrics_of
+    plots: bool,
+) -> tuple[dict[str, Any], Callable[[Path], None]]:
+    """Return `data`, the file's name, `mean` and `averaged`, metrics, `num_samples`, `ess_scale`; and what draws."""
+    from hf_ivon.data import best_device, is_language_model, load_batches, load_checkpoint, metrics_of
     from hf_ivon.metrics import out_of_domain_detection
     from hf_ivon.posterior import Posterior
     from hf_ivon.predict import Prediction, posterior_perplexity, posterior_predict
@@ -74,17 +81,15 @@ def run(
     model, tokenizer = load_checkpoint(model_name)
     posterior = Posterior.from_pretrained(model_name, model, check_values=True)
     batches = load_batches(file, model, tokenizer, **columns)
+    model.to(best_device())
     if is_language_model(model):
-        _only_for_classifiers("a language model", ood_data=ood_file, plots=plots, tolerance=tolerance or None)
+        unused = {"ood_data": ood_file, "plots": plots or None, "tolerance": tolerance or None}
+        _only_for_classifiers("a language model", **unused)
         settings = {"mean": {"num_samples": 0}, "averaged": sampling}
         found = {k: posterior_perplexity(model, posterior, batches, **v) for k, v in settings.items()}
         metrics = {k: {"perplexity": v["perplexity"]} for k, v in found.items()}
-        return {
-            "data": file.name,
-            **metrics,
-            "num_samples": sampling["num_samples"],
-            "ess_scale": sampling["ess_scale"],
-        }
+        settings_used = {name: sampling[name] for name in ("num_samples", "ess_scale")}
+        return {"data": file.name, **metrics, **settings_used}, lambda directory: None
     outside = None
     if ood_file is not None:
         outside = load_batches(ood_file, model, tokenizer, **ood_columns, with_labels=False)
@@ -99,7 +104,7 @@ def run(
     for name, options in (("mean", {"num_samples": 0}), ("averaged", {**sampling, "tolerance": tolerance})):
         found_here = posterior_predict(model, posterior, batches, **options, on_sample=follow if plots else None)
         if found_here.probabilities is None:
-            _only_for_classifiers("a regression", ood_data=ood_file, plots=plots)
+            _only_for_classifiers("a regression", ood_data=ood_file, plots=plots or None)
         results[name] = metrics_of(found_here)
         results["num_samples"] = found_here.num_samples
         if outside is not None:
@@ -108,16 +113,19 @@ def run(
             entropies |= {f"in domain, {name}": found_here.entropy, f"out of domain, {name}": others.entropy}
         if found_here.probabilities is not None:
             reliability[name] = (found_here.probabilities, found_here.labels)
-    if plots is not None and reliability:
+
+    def draw(directory: Path) -> None:
         from hf_ivon.plots import entropy_histograms, metric_by_samples, reliability_diagram
 
-        reliability_diagram(reliability, plots / "reliability.png")
+        reliability_diagram(reliability, directory / "reliability.png")
         by_samples[results["num_samples"]] = results["averaged"]["nll"]
         references = {"at the mean": results["mean"]["nll"]}
-        metric_by_samples({"averaged": by_samples}, plots / "samples.png", ylabel="NLL (nats)", references=references)
+        target = directory / "samples.png"
+        metric_by_samples({"averaged": by_samples}, target, ylabel="NLL (nats)", references=references)
         if entropies:
-            entropy_histograms(entropies, plots / "entropy.png")
-    return results
+            entropy_histograms(entropies, directory / "entropy.png")
+
+    return results, draw
 
 
 def _only_for_classifiers(kind: str, **options: Any) -> None:

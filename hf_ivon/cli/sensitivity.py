@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_ivon.cli.outputs import check_outputs, writing
+
 _WIDTH = 72  # characters of a text that are shown
 
 
@@ -36,14 +38,11 @@ def sensitivity(
     training. High sensitivities are often wrong labels. Exits with 2 on errors.
     """
     try:
-        summary, rows = run(model, data, max_examples, text_columns or [], max_length, ess_scale, plots, seed)
+        check_outputs(output, plots)
+        summary, rows = run(model, data, max_examples, text_columns or [], max_length, ess_scale, seed)
     except (ValueError, ImportError) as err:
         typer.echo(f"error: {err}", err=True)
         raise typer.Exit(2) from None
-    if output is not None:
-        from hf_ivon.json_files import write_json_lines
-
-        write_json_lines(output, rows)
     typer.echo(f"{'':<10}{'trained on':>12}{'left out':>12}   {len(rows):,} examples")
     for name in ("loss", "accuracy"):
         if name in summary:
@@ -56,6 +55,18 @@ def sensitivity(
         label = f"[{row['label']}] " if "label" in row else ""
         numbers = f"{row['row']:>8}{row['sensitivity']:>13.4g}{row['loss']:>9.3g}{row['loo_loss']:>10.3g}"
         typer.echo(f"{numbers}  {label}{shown}")
+    with writing():
+        if output is not None:
+            from hf_ivon.json_files import write_json_lines
+
+            write_json_lines(output, rows)
+        if plots is not None:
+            import torch
+
+            from hf_ivon.plots import sensitivity_histogram
+
+            scores = torch.tensor([row["sensitivity"] for row in rows], dtype=torch.float64)
+            sensitivity_histogram({"training examples": scores}, plots / "sensitivity.png")
 
 
 def run(
@@ -65,12 +76,11 @@ def run(
     text_columns: list[str],
     max_length: int,
     ess_scale: float,
-    plots: Path | None,
     seed: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Return the summary, and what is known of each example, the highest sensitivity first."""
     from hf_ivon.columns import LABELS, text_columns_of
-    from hf_ivon.data import load_batches, load_checkpoint, load_rows
+    from hf_ivon.data import best_device, load_batches, load_checkpoint, load_rows
     from hf_ivon.posterior import Posterior
     from hf_ivon.sensitivity import estimate_sensitivity
 
@@ -80,11 +90,8 @@ def run(
     options: dict[str, Any] = {"text_columns": text_columns, "max_length": max_length, "seed": seed}
     batches = load_batches(data, model, tokenizer, **options, max_examples=max_examples, with_rows=True)
     numbers = [int(number) for batch in batches for number in batch.pop("row")]
+    model.to(best_device())
     found = estimate_sensitivity(model, posterior, batches, ess_scale=ess_scale, progress=True)
-    if plots is not None:
-        from hf_ivon.plots import sensitivity_histogram
-
-        sensitivity_histogram({"training examples": found.score}, plots / "sensitivity.png")
     columns, rows = text_columns_of(data, text_columns), []
     for i in found.score.argsort(descending=True, stable=True).tolist():
         example = data[numbers[i]]
