@@ -23,8 +23,9 @@ from hf_ivon.checkpoint import CONFIG_NAME, posterior_files
 from hf_ivon.json_files import write_json
 from hf_ivon.mean import mean_digest
 from hf_ivon.merge import report as reporting
-from hf_ivon.merge.adapters import fold, merge_products
+from hf_ivon.merge.adapters import merge_products
 from hf_ivon.merge.files import Checkpoint, Writer, module_directories, replace_in_header
+from hf_ivon.merge.folding import fold
 from hf_ivon.merge.heads import write_heads
 from hf_ivon.merge.hessians import limit_prior, limited_prior, number_for_base, start_trust
 from hf_ivon.merge.plan import NEEDS_POSTERIOR, Plan, make_plan
