@@ -23,7 +23,7 @@ from hf_ivon.checkpoint import CONFIG_NAME, posterior_files
 from hf_ivon.json_files import write_json
 from hf_ivon.mean import mean_digest
 from hf_ivon.merge import report as reporting
-from hf_ivon.merge.adapters import merge_products
+from hf_ivon.merge.adapters import drop_saved, merge_products
 from hf_ivon.merge.files import Checkpoint, Writer, module_directories, replace_in_header
 from hf_ivon.merge.folding import fold
 from hf_ivon.merge.heads import write_heads
@@ -140,10 +140,15 @@ def merge(
             report["tensors"] = _write_checked(plan, work, dtype, max_shard_size)
         else:
             report["tensors"] = {}
-            report["ranks"] = merge_products(plan.models, plan.weights, plan.products, plan.method, work)
+            report["ranks"] = merge_products(
+                plan.models, plan.weights, plan.products, plan.method, work,
+                dtype=dtype, kept=plan.kept, dropped=plan.dropped,
+            )  # fmt: skip
         report["notes"] = reporting.notes(plan.method, report["tensors"], limited_prior(plan))
         source = next(iter(plan.kept.values())) if plan.kept else plan.models[0]
         _carry_over(source, work)
+        if source.is_adapter:
+            drop_saved(work, plan.dropped)
         if plan.added_tokens:
             write_tokenizer(source, plan.models, plan.added_tokens, work)
         if plan.separate:

@@ -74,6 +74,12 @@ def settle(
     """
     if heads == "separate" and len({m.short_name for m in models}) < len(models):
         problems.append("two models have the same last part of their name, and so would their heads: rename one")
+    adapters = any(m.is_adapter for m in models)
+    if heads == "separate" and adapters:
+        problems.append(
+            "heads of adapters cannot be kept apart: pass --heads drop or keep:MODEL, or fold each adapter into its "
+            "base first (--into-base with one model) and merge the whole models with --heads separate"
+        )
     wanted = None
     if heads is not None and heads.startswith("keep:"):
         wanted = _named(heads.removeprefix("keep:"), models, problems)
@@ -89,10 +95,10 @@ def settle(
         for names, where in ((different, "all models"), (lost, "the base")):
             if names:
                 listed = ", ".join(f"`{n}`" for n in names[:5]) + (" ..." if len(names) > 5 else "")
+                apart = "" if adapters else "--heads separate to keep those of each model apart, "
                 problems.append(
                     f"{len(names)} tensors are not in {where} in one shape, such as {listed}: pass --heads drop to "
-                    f"leave them out, --heads separate to keep those of each model apart, or --heads keep:MODEL to "
-                    f"take them from one"
+                    f"leave them out, {apart}or --heads keep:MODEL to take them from one"
                 )
     kept = {n: wanted for n in others if wanted is not None and n in wanted.tensors.entries}
     return kept, [n for n in others if n not in kept]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_ivon.merge.adapters import MODES, space_problems
+from hf_ivon.merge.adapters import MODES, space_problems, whole_tensors
 from hf_ivon.merge.files import Checkpoint
 from hf_ivon.merge.matching import base_names, compare, settle
 from hf_ivon.merge.vocabulary import tokenizer_problems, unite
@@ -147,7 +147,7 @@ def make_plan(
     base = Checkpoint.open(base_model, problems) if base_model is not None and wanted else None
     fold_into = None
     if products or into_base or any(m.is_adapter for m in opened):
-        problems += _adapter_problems(opened, base, method, adapters)
+        problems += _adapter_problems(opened, base, method, adapters, into_base)
     if into_base and all(m.is_adapter for m in opened):
         name = base_model or opened[0].json("adapter_config.json").get("base_model_name_or_path")
         fold_into = Checkpoint.open(str(name), problems)
@@ -162,11 +162,13 @@ def make_plan(
     problems += _posterior_problems([m for m in [*opened, base] if m is not None])
     added = _united(opened, base, tokenizer, problems)
     # Models without tensors are named already.
-    common, different = ([], []) if products else compare([m for m in opened if m.tensors])
+    common, different = compare([m for m in opened if m.tensors])
+    if products:  # factors may differ; a classifier may not
+        common, different = [], whole_tensors(different)
     of_base = {} if base is None else base_names({n: opened[0].tensors.entries[n] for n in common}, base)
     lost = [] if base is None else [n for n in common if n not in of_base]
     common = [n for n in common if n not in set(lost)]
-    kept, dropped = settle(different, lost, heads, opened, problems) if not products else ({}, [])
+    kept, dropped = settle(different, lost, heads, opened, problems)
     problems += _label_problems(opened, [n for n in common if n not in kept])
     if method in NEEDS_POSTERIOR and not products:
         problems += _name_problems(opened, common)
@@ -176,7 +178,7 @@ def make_plan(
     if problems:
         raise ValueError("The models cannot be merged: " + "; ".join(dict.fromkeys(problems)) + ".")
     layout = {n: opened[0].tensors.entries[n] for n in common} | {n: m.tensors.entries[n] for n, m in kept.items()}
-    tensors = dict(sorted(layout.items()))
+    tensors = {} if products else dict(sorted(layout.items()))
     separate = heads == "separate" and bool(dropped)
     return Plan(
         models=opened,
@@ -199,14 +201,15 @@ def make_plan(
 
 
 def _adapter_problems(
-    models: Sequence[Checkpoint], base: Checkpoint | None, method: str, products: str | None
+    models: Sequence[Checkpoint], base: Checkpoint | None, method: str, products: str | None, into_base: bool
 ) -> list[str]:
     if products is not None and products not in MODES:
         return [f"`adapters` must be one of {', '.join(MODES)}, got {products!r}"]
     others = [m.name for m in models if not m.is_adapter]
     if others:
         return [f"{', '.join(others)} is no adapter, so that there is nothing to merge with adapters or to fold"]
-    problems = space_problems(models, products)
+    starts = [base] if base is not None and base.is_adapter else []
+    problems = space_problems([*models, *starts], products, into_base)
     if products is not None and method not in ("average", "task-arithmetic"):
         problems.append(f"products of adapters have no posterior for {method}: choose average or task-arithmetic")
     if products is None and method in NEEDS_BASE and (base is None or not base.is_adapter):
