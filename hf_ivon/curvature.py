@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ivon import functional
+from hf_ivon.data import is_language_model
 from hf_ivon.mean import mean_digest, posterior_keys, unwrap
 from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
@@ -36,12 +37,18 @@ def estimate_posterior(
     The Hessian is the diagonal Fisher information, :math:`h = \frac1N \sum_i E_y[(\nabla \log p(y | x_i))^2]` with the
     expectation over the model's own predictions, which for these losses is the Gauss-Newton matrix. It is taken by one
     label drawn from them (``"squared-gradient"``), or by all of them (``"ggn"``: for classification and regression, at
-    the cost of a backward pass per class). The data's labels only say which tokens of a language model count.
+    the cost of a backward pass per class). The data's labels only say which tokens count.
+
+    Outputs are a softmax's, unless the model's `problem_type` says other: of ``"multi_label_classification"`` each is
+    a yes or no of its own, of ``"regression"``, or of a model with one output, each is the mean of a Gaussian of unit
+    variance.
 
     Args:
-        model: A classifier with logits (batch, classes), a regression with (batch, 1), or a causal language model with
-            (batch, tokens, vocabulary). Only parameters that require gradients get a Hessian.
-        data: Batches, each a mapping of the model's arguments.
+        model: A classifier or a regression with logits (batch, outputs), a causal language model with (batch, tokens,
+            vocabulary), or another model that classifies tokens, with (batch, tokens, classes). Only parameters that
+            require gradients get a Hessian.
+        data: Batches, each a mapping of the model's arguments. Tokens whose label is -100 do not count; a language
+            model can do without labels, a classifier of tokens cannot.
         estimator: ``"squared-gradient"`` or ``"ggn"``.
         weight_decay: Prior precision per example δ of the posterior, loss/param², > 0.
         train_size: What the model's training loss averaged over, λ of the posterior: examples, or label tokens of a
@@ -53,7 +60,8 @@ def estimate_posterior(
         The posterior, tensors on the CPU.
 
     Raises:
-        ValueError: If the estimator is unknown or does not go with the model, or the data is empty.
+        ValueError: If the estimator is unknown or does not go with the model, if the data is empty, or if its labels
+            do not fit the model.
 
     Source:
         Daheim et al., arXiv:2310.12808, Section 4 (squared gradients of single examples, labels from the model).
@@ -62,13 +70,14 @@ def estimate_posterior(
     params = {name: p for name, p in posterior_keys(model).items() if p.requires_grad}
     if not params:
         raise ValueError("The model must have parameters that require gradients, got none. Unfreeze some.")
+    bare = unwrap(model)
     generator = torch.Generator().manual_seed(seed)
     totals = _Totals(params)
     examples, units, of_tokens = 0, 0, False
     with evaluation_mode(model), torch.enable_grad():
         for inputs, labels in single_examples(data, next(iter(params.values())).device):
-            logits = logits_of(unwrap(model), inputs)
-            weighted, counted, of_tokens = _losses(logits, labels, estimator, generator)
+            logits = logits_of(bare, inputs)
+            weighted, counted, of_tokens = _losses(bare, logits, labels, estimator, generator)
             totals.add(weighted)
             examples += 1
             units += counted
@@ -159,33 +168,84 @@ def single_examples(
             if mask is not None and mask.dim() == 2 and not mask.bool().all():
                 kept = mask[0].bool()
                 one = {k: v[:, kept] if v.dim() > 1 and v.shape[1] == len(kept) else v for k, v in one.items()}
-                if target is not None and target.dim() == 2:
+                if target is not None and target.dim() == 2 and target.shape[1] == len(kept):
                     target = target[:, kept]
             yield one, target
 
 
 def _losses(
-    logits: Tensor, labels: Tensor | None, estimator: str, generator: torch.Generator
+    model: nn.Module, logits: Tensor, labels: Tensor | None, estimator: str, generator: torch.Generator
 ) -> tuple[list[tuple[float, Tensor]], int, bool]:
-    """Return weighted negative log-probabilities of an example, their units, and whether these are tokens."""
-    logits = logits.float()
-    known = logits.detach().cpu()
+    """Return weighted losses of an example, their units, and whether these are tokens."""
+    # The losses' squared gradients, times the weights, are the curvature; on average, where labels are drawn.
     if logits.dim() == 3:
-        if estimator == "ggn":
-            raise ValueError("`estimator` must be 'squared-gradient' for a language model, got 'ggn'. Pass that.")
-        counts = torch.ones(logits.shape[1] - 1, dtype=torch.bool)
-        if labels is not None:
-            counts = labels[0, 1:].cpu() != _IGNORED
-        if not counts.any():
-            return [], 0, True
-        drawn = torch.multinomial(known[0, :-1].softmax(-1), 1, generator=generator)[:, 0]
-        drawn = torch.where(counts, drawn, torch.full_like(drawn, _IGNORED)).to(logits.device)
-        return [(1.0, nn.functional.cross_entropy(logits[0, :-1], drawn, reduction="sum"))], int(counts.sum()), True
-    if logits.shape[-1] == 1:
-        # A Gaussian of unit variance: the gradient of its log-probability is the residual times that of the output.
-        residual = 1.0 if estimator == "ggn" else float(torch.randn((), generator=generator))
-        return [(1.0, residual * logits.sum())], 1, False
-    losses, probabilities = -logits[0].log_softmax(-1), known[0].softmax(-1)
+        return *_of_tokens(model, logits.float(), labels, estimator, generator), True
+    if logits.dim() > 3:
+        raise ValueError(
+            f"`model` must give logits of shape (batch, classes) or (batch, tokens, classes), got "
+            f"{tuple(logits.shape)}. Other models are not supported."
+        )
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    outputs = logits.float().reshape(-1)
+    if problem is None and len(outputs) > 1 and labels is not None and labels.is_floating_point():
+        raise ValueError(
+            f"`model.config.problem_type` must be set where `labels` are no classes, got None for {labels.dtype}. Set "
+            f"it to 'multi_label_classification' or 'regression'."
+        )
+    return _of_outputs(outputs, problem, estimator, generator), 1, False
+
+
+def _of_tokens(
+    model: nn.Module, logits: Tensor, labels: Tensor | None, estimator: str, generator: torch.Generator
+) -> tuple[list[tuple[float, Tensor]], int]:
+    """Return the losses of a sequence, and the number of tokens that count."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"`model` must be a causal language model or classify tokens, got {type(model).__name__}, which has an "
+            f"encoder and a decoder. Its curvature cannot be estimated yet."
+        )
     if estimator == "ggn":
-        return [(float(p), losses[c]) for c, p in enumerate(probabilities)], 1, False
-    return [(1.0, losses[int(torch.multinomial(probabilities, 1, generator=generator))])], 1, False
+        raise ValueError(
+            "`estimator` must be 'squared-gradient' for a language model or a classifier of tokens, got 'ggn'. Pass "
+            "that."
+        )
+    predicts_next = is_language_model(model)
+    if labels is None and predicts_next:
+        labels = torch.zeros(logits.shape[:2], dtype=torch.int64)
+    if labels is None or labels.shape != logits.shape[:2]:
+        got = "none" if labels is None else tuple(labels.shape)
+        raise ValueError(
+            f"`labels` must be one per token, of shape {tuple(logits.shape[:2])}, got {got}. They say which tokens "
+            f"count: label the others {_IGNORED}."
+        )
+    logits, labels = (logits[0, :-1], labels[0, 1:]) if predicts_next else (logits[0], labels[0])
+    counts = labels.cpu() != _IGNORED
+    if not counts.any():
+        return [], 0
+    drawn = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)[:, 0]
+    drawn = torch.where(counts, drawn, torch.full_like(drawn, _IGNORED)).to(logits.device)
+    return [(1.0, nn.functional.cross_entropy(logits, drawn, reduction="sum"))], int(counts.sum())
+
+
+def _of_outputs(
+    outputs: Tensor, problem: str | None, estimator: str, generator: torch.Generator
+) -> list[tuple[float, Tensor]]:
+    """Return the losses of an example of a classifier or a regression, whose outputs are (classes,)."""
+    known = outputs.detach().cpu()
+    if problem == "multi_label_classification":
+        # Each output is the logit of a yes or no of its own; the second derivative by it is p (1 - p).
+        p = known.sigmoid()
+        if estimator == "ggn":
+            return [(float(q * (1 - q)), output) for q, output in zip(p, outputs, strict=True)]
+        residual = p - torch.bernoulli(p, generator=generator)
+    elif problem == "regression" or len(outputs) == 1:
+        # Gaussians of unit variance: the gradient of the log-probability is the residual times that of the output.
+        if estimator == "ggn":
+            return [(1.0, output) for output in outputs]
+        residual = torch.randn(known.shape, generator=generator)
+    else:
+        losses, probabilities = -outputs.log_softmax(-1), known.softmax(-1)
+        if estimator == "ggn":
+            return [(float(p), losses[c]) for c, p in enumerate(probabilities)]
+        return [(1.0, losses[int(torch.multinomial(probabilities, 1, generator=generator))])]
+    return [(1.0, outputs @ residual.to(outputs.device))]

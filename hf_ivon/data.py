@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from hf_ivon.predict import Prediction
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
+_SAYS_ITS_TASK = re.compile("For[A-Z]|LMHead")
 # PEFT's task types, and how the model classes for them end.
 CLASS_ENDINGS = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -182,8 +184,14 @@ def labels_of_adapter(directory: Path) -> int | None:
 def is_language_model(model: nn.Module) -> bool:
     """Tell whether a model predicts the next token."""
     config: Any = getattr(model, "config", None)
-    names = [type(model).__name__, *(getattr(config, "architectures", None) or [])]
-    return any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in names)
+    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    # The class that the configuration names can be another one, which the model was made from.
+    names = [n for n in (type(m).__name__ for m in (model, inner)) if _SAYS_ITS_TASK.search(n)]
+    names = names[:1] or list(getattr(config, "architectures", None) or [])
+    endings: tuple[str, ...] = ("ForCausalLM", "LMHeadModel")
+    if not getattr(config, "is_encoder_decoder", False):  # those that also see or hear
+        endings += ("ForConditionalGeneration",)
+    return any(n.endswith(endings) for n in names)
 
 
 def load_batches(

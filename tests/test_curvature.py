@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration, BertForMaskedLM, PreTrainedConfig
 
 from hf_ivon import load_posterior, save_posterior
 from hf_ivon.curvature import _Totals, estimate_posterior
@@ -16,9 +17,10 @@ DELTA = 1e-3
 class Linear(nn.Module):
     """Logits of a linear model, as a tensor."""
 
-    def __init__(self, outputs, inputs=4):
+    def __init__(self, outputs, inputs=4, problem_type=None):
         super().__init__()
         self.layer = nn.Linear(inputs, outputs)
+        self.config = PreTrainedConfig(problem_type=problem_type)
 
     def forward(self, x):
         return self.layer(x)
@@ -48,18 +50,85 @@ def test_softmax_regression_is_exact():
     torch.testing.assert_close(posterior.hess("layer.weight"), expected.detach(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("outputs", [1, 3])
-def test_squared_gradients_estimate_the_same(outputs):
+def test_several_numbers_are_exact():
+    """With `problem_type` "regression" each output is a Gaussian of its own, and not a class."""
+    data, x = batches()
+    posterior = estimate_posterior(Linear(3, problem_type="regression"), data, estimator="ggn", weight_decay=DELTA)
+    expected = x.square().mean(0).expand(3, -1)
+    torch.testing.assert_close(posterior.hess("layer.weight"), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_several_labels_are_exact():
+    """With `problem_type` "multi_label_classification" the outputs are a sigmoid's: x² p (1 - p) of each, averaged."""
+    data, x = batches()
+    model = Linear(3, problem_type="multi_label_classification")
+    labels = {"labels": torch.ones(5, 3)}  # as floats, which is how Transformers wants them
+    data = [{**batch, "labels": labels["labels"][: len(batch["x"])]} for batch in data]
+    posterior = estimate_posterior(model, data, estimator="ggn", weight_decay=DELTA)
+    p = model(x).sigmoid()
+    expected = torch.einsum("nc,ni->ci", p * (1 - p), x.square()) / len(x)
+    torch.testing.assert_close(posterior.hess("layer.weight"), expected.detach(), rtol=1e-4, atol=1e-6)
+    model.config.problem_type = None
+    with pytest.raises(
+        ValueError, match=r"problem_type` must be set where `labels` are no classes, got None for torch.f"
+    ):
+        estimate_posterior(model, data)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "problem"), [(1, None), (3, None), (3, "regression"), (3, "multi_label_classification")]
+)
+def test_squared_gradients_estimate_the_same(outputs, problem):
     """With labels drawn from the model the squared gradient is unbiased; with the data's labels it would not be.
 
     500 passes over 12 examples: the relative deviation of a squared normal residual's mean is sqrt(2 / 6,000) = 1.8%
     for equal inputs, and a few times that where one example has most of the sum; 5 deviations of 4%.
     """
     data, _ = batches()
-    model = Linear(outputs)
+    model = Linear(outputs, problem_type=problem)
     exact = estimate_posterior(model, data, estimator="ggn", weight_decay=DELTA)
     found = estimate_posterior(model, data * 500, weight_decay=DELTA)
     torch.testing.assert_close(found.hess("layer.weight"), exact.hess("layer.weight"), rtol=0.2, atol=1e-4)
+
+
+@pytest.mark.parametrize("places", [[0], [1], [2, 5]])
+def test_labels_of_tokens_belong_to_their_own_tokens(places):
+    """Of a tagger a label is that of its token: shifted as for a language model, the curvature is that of others.
+
+    With equal probabilities of C classes the squared residuals add up to 1 - 1/C whatever is drawn, and the squared
+    gradient of the weights, over the classes, is that times the square of what the last layer sees at the token; for
+    two tokens of a sequence in expectation, so here each sequence has one at a time.
+    """
+    model = tiny.tagger()
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.zero_()
+    rows = torch.stack([r["input_ids"] for r in tiny.sentences(6)])
+    labels = torch.full_like(rows, -100)
+    for i, row in enumerate(labels):
+        row[places[i % len(places)]] = 1
+    mask = torch.ones_like(rows)
+    mask[:3, 6:] = 0
+    posterior = estimate_posterior(model, [{"input_ids": rows, "attention_mask": mask, "labels": labels}])
+    seen = model.bert(rows, attention_mask=mask)[0].detach()[labels != -100]
+    found = posterior.hess("classifier.weight").sum(0)
+    torch.testing.assert_close(found, 0.75 * seen.square().mean(0), rtol=1e-3, atol=1e-6)
+    assert (posterior.config.num_examples, posterior.config.num_tokens, posterior.config.ess) == (6, 6, 6)
+
+
+def test_models_of_tokens_need_labels_for_them():
+    """All tokens would count, also those that training left out; and a decoder has tokens of its own."""
+    rows = torch.stack([r["input_ids"] for r in tiny.sentences(2)])
+    for model in (tiny.tagger(), BertForMaskedLM(tiny.bert().config)):
+        with pytest.raises(ValueError, match=r"`labels` must be one per token, of shape \(1, 8\), got none"):
+            estimate_posterior(model, [{"input_ids": rows}])
+    with pytest.raises(ValueError, match=r"must be one per token, of shape \(1, 8\), got \(1, 7\)"):
+        estimate_posterior(tiny.gpt2(), [{"input_ids": rows, "labels": rows[:, 1:]}])
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1, "vocab_size": tiny.VOCABULARY}
+    bart = BartForConditionalGeneration(BartConfig(**sizes, **heads, pad_token_id=0, eos_token_id=1, bos_token_id=2))
+    with pytest.raises(ValueError, match="`model` must be a causal language model or classify tokens, got Bart"):
+        estimate_posterior(bart, [{"input_ids": rows, "labels": rows}])
 
 
 def test_language_models_count_tokens_and_skip_padding():

@@ -5,10 +5,18 @@ import math
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel, RobertaConfig, RobertaForSequenceClassification
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoTokenizer,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from hf_ivon import load_posterior
-from hf_ivon.data import evaluate, load_batches, load_checkpoint, load_rows
+from hf_ivon.data import evaluate, is_language_model, load_batches, load_checkpoint, load_rows
 from tests import tiny
 from tests.classifiers import classifiers, invoke
 
@@ -179,3 +187,16 @@ def test_a_files_name_is_no_pattern(tmp_path):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=message):
             load_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("cls", [GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification])
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"])
+def test_a_classifier_made_from_a_language_model_is_none(tmp_path, cls, task):
+    """Its configuration still names the language model: of a LoRA classifier the text would be the labels."""
+    tiny.gpt2().save_pretrained(tmp_path)
+    model = cls.from_pretrained(tmp_path)
+    assert model.config.architectures == ["GPT2LMHeadModel"]
+    expected = cls is GPT2LMHeadModel
+    assert is_language_model(model) is expected
+    if task is None or (task == "CAUSAL_LM") == expected:
+        assert is_language_model(get_peft_model(model, LoraConfig(task_type=task, r=2))) is expected
