@@ -149,10 +149,10 @@ def merge(
         _carry_over(source, work)
         if source.is_adapter:
             drop_saved(work, plan.dropped)
-        if plan.added_tokens:
-            write_tokenizer(source, plan.models, plan.added_tokens, work)
         if plan.separate:
             write_heads(plan, work)
+        if plan.added_tokens is not None:
+            write_tokenizer(source, plan.models, work)
         if plan.fold_into is not None:
             _fold(plan.fold_into, work, max_shard_size)
         if dtype is not None:

@@ -36,7 +36,7 @@ class Plan:
         dropped: Names that are left out, or that go into the heads if these are kept apart.
         base_names: What the base calls the tensors that are merged.
         separate: Whether each model's head is kept apart.
-        added_tokens: What the first model's tokenizer lacked, if the tokens of all were united.
+        added_tokens: What the first model's tokenizer lacked, if tokens were united; None if nothing had to be.
         products: "concat" or "svd" if the models are adapters whose products are merged; then there is no layout.
         fold_into: The base model that merged adapters are folded into; None if they stay an adapter.
         density: Share of each difference that `ties` and `dare` keep.
@@ -326,4 +326,4 @@ def _united(
         problems.append(f"`tokenizer` must be 'union' or nothing, got {tokenizer!r}")
         return None
     problems += tokenizer_problems(models, tokenizer == "union")
-    return unite(models, base) if tokenizer == "union" and not problems else None
+    return unite(models, base, problems) if tokenizer == "union" and not problems else None

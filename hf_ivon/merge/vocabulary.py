@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,30 @@ from hf_ivon.merge.files import Checkpoint
 from hf_ivon.tensor_files import Entry, TensorFiles
 
 FILE = "tokenizer.json"
-# Ends of the names of tensors that have a row for each token.
+# Ends of the names of tensors that have a row for each token. They count only where they have as many rows as the
+# configuration says, so that they may be as short as they are.
 _ROWS = (
     "embed_tokens.weight",
     "word_embeddings.weight",
+    "word_embedding.weight",
+    "tok_embeddings.weight",
+    "token_embedding.weight",
     "wte.weight",
     "embed_in.weight",
+    "embed_out.weight",
     "shared.weight",
     "lm_head.weight",
     "lm_head.bias",
-    "lm_head.decoder.weight",
-    "lm_head.decoder.bias",
-    "predictions.decoder.weight",
-    "predictions.decoder.bias",
+    "lm_loss.weight",
+    "lm_loss.bias",
+    "decoder.weight",
+    "decoder.bias",
     "predictions.bias",
-    "embed_out.weight",
+    "vocab_projector.weight",
+    "vocab_projector.bias",
 )
+_OF_A_LAYER = re.compile(r"\.\d+\.\w+\.")  # "h.0.mlp.bias": such tensors can be as large by chance
+_COLUMNS = ("final_logits_bias",)  # (1, tokens)
 
 
 def vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
@@ -66,7 +75,8 @@ def tokenizer_problems(models: Sequence[Checkpoint], union: bool) -> list[str]:
             continue
         token = next(t for t in [*reference, *other] if reference.get(t) != other.get(t))
         places = f"{reference.get(token)} in {first.name}, {other.get(token)} in {model.name}"
-        advice = ": pass --tokenizer union to have the tokens of all" if same_core else ""
+        can_unite = same_core and not model.is_adapter
+        advice = ": pass --tokenizer union to have the tokens of all" if can_unite else ""
         problems.append(
             f"the tokenizers of {first.name} and {model.name} differ, first in {token!r} ({places}){advice}"
         )
@@ -84,20 +94,30 @@ class UnitedFiles(Mapping[str, Tensor]):
     Args:
         original: The tensors.
         places: For each united token its row in the original, -1 where it has none, (tokens,).
-        names: The tensors with a row for each token.
-        fill: Returns the rows of a tensor that the original lacks, given the united tokens.
+        dims: Which dimension of a tensor is that of the tokens, by name; of other tensors none is.
+        fill: Returns the rows of a tensor that the original lacks, given the united tokens; tokens come first.
+
+    Attributes:
+        original: The tensors as they were.
+        places: As given.
+        entries: What is known of each tensor without reading it.
     """
 
     def __init__(
-        self, original: TensorFiles, places: Tensor, names: Sequence[str], fill: Callable[[str, Tensor], Tensor]
+        self,
+        original: TensorFiles,
+        places: Tensor,
+        dims: Mapping[str, int],
+        fill: Callable[[str, Tensor], Tensor],
     ) -> None:
-        self.original = original
-        self._places, self._fill, self._names = places, fill, set(names)
+        self.original, self.places = original, places
+        self._fill, self._dims = fill, dims
         self._last: tuple[str, Tensor] | None = None
-        self.entries: dict[str, Entry] = {
-            n: dataclasses.replace(e, shape=(len(places), *e.shape[1:])) if n in self._names else e
-            for n, e in original.entries.items()
-        }
+        self.entries: dict[str, Entry] = dict(original.entries)
+        for name, dim in dims.items():
+            shape = list(self.entries[name].shape)
+            shape[dim] = len(places)
+            self.entries[name] = dataclasses.replace(self.entries[name], shape=tuple(shape))
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
@@ -111,65 +131,161 @@ class UnitedFiles(Mapping[str, Tensor]):
 
     def expect(self, name: str, start: int, stop: int) -> None:
         """Let the system begin to read rows; see `TensorFiles.expect`."""
-        if name not in self._names:
+        if name not in self._dims:
             self.original.expect(name, start, stop)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows of a tensor; see `TensorFiles.rows`."""
-        if name not in self._names:
+        dim = self._dims.get(name)
+        if dim is None:
             return self.original.rows(name, start, stop)
         last = self._last
         if last is None or last[0] != name:
-            last = self._last = (name, self.original[name])
-        places = self._places[start:stop]
+            last = self._last = (name, self.original[name].movedim(dim, 0))
+        first, end = (start, stop) if dim == 0 else (0, len(self.places))
+        places = self.places[first:end]
         found = last[1][places.clamp_min(0)]
         lacking = (places < 0).nonzero()[:, 0]
         if len(lacking):
-            found[lacking] = self._fill(name, lacking + start).to(found.dtype)
-        return found
+            found[lacking] = self._fill(name, lacking + first).to(found.dtype)
+        return found if dim == 0 else found.movedim(0, dim)[start:stop].contiguous()
 
 
-def unite(models: Sequence[Checkpoint], base: Checkpoint | None) -> list[str]:
+def unite(models: Sequence[Checkpoint], base: Checkpoint | None, problems: list[str]) -> list[str] | None:
     """Make all models look as if they had the tokens of all, those of the first one first.
 
-    A row that a model lacks is the average of those that have it (so is the base's), and its posterior has no Hessian.
+    The first model's rows keep their places, also those that belong to no token. A row that a model lacks is the
+    average of those that have it (so is the base's), and its posterior has no Hessian.
 
     Args:
         models: Models whose tokenizers differ at most in tokens that were added; changed in place.
         base: The base model; changed in place.
+        problems: Where to say why they cannot be united; then nothing is changed.
 
     Returns:
-        The tokens that the first model lacked, in order.
+        The tokens that the first model lacked, in order; None if nothing had to be united.
     """
-    vocabularies = [vocabulary(m) or {} for m in models]
+    if _alike([*models, *([base] if base is not None else [])]):
+        return None
+    sizes = [_size(m) or 0 for m in models]
+    dims = [_dims(m, size, problems) for m, size in zip(models, sizes, strict=True)]
+    found = _numbers(models, problems)
+    if found is None:
+        return None
+    vocabularies, united, added = found
     first = vocabularies[0]
-    added = list(dict.fromkeys(t for v in vocabularies[1:] for t in sorted(v, key=v.__getitem__) if t not in first))
-    start = max(first.values()) + 1
-    united = {**first, **{t: start + i for i, t in enumerate(added)}}
+    for model, size, known in zip(models, sizes, vocabularies, strict=True):
+        if size and max(known.values()) >= size:
+            problems.append(f"the tokenizer of {model.name} has more tokens than the {size} rows of its model")
+    if problems:
+        return None
+    rows = max(sizes[0], max(united.values()) + 1)
     originals = [_tensors(m) for m in models]
-    places = [_places(united, v) for v in vocabularies]
-    names = [n for n, e in originals[0].entries.items() if n.endswith(_ROWS) and e.shape[0] > max(first.values())]
+    places = [_places(united, v, rows, size) for v, size in zip(vocabularies, sizes, strict=True)]
 
-    def average(name: str, tokens: Tensor) -> Tensor:
-        name = next((n for n in names if n.endswith(name)), name)
-        entry = originals[0].entries[name]
-        total, count = torch.zeros(len(tokens), *entry.shape[1:]), torch.zeros(len(tokens))
-        for tensors, own in zip(originals, places, strict=True):
+    def average(like: Entry, dim: int, name: str, tokens: Tensor) -> Tensor:
+        shape = [n for d, n in enumerate(like.shape) if d != dim]
+        total, count = torch.zeros(len(tokens), *shape), torch.zeros(len(tokens))
+        for tensors, own, known in zip(originals, places, dims, strict=True):
+            # In a base saved alone, names lack what is in front.
+            found = name if name in known else next((n for n in known if n.endswith(name)), None)
+            if found is None or [n for d, n in enumerate(tensors.entries[found].shape) if d != known[found]] != shape:
+                continue
             has = own[tokens] >= 0
-            total[has] += tensors[name][own[tokens][has]].float()
+            total[has] += tensors[found].movedim(known[found], 0)[own[tokens][has]].float()
             count += has
-        return total / count.clamp_min(1).view(-1, *[1] * (total.dim() - 1))
+        return total / count.clamp_min(1).view(-1, *[1] * len(shape))
 
-    for model, own in zip(models, places, strict=True):
-        model.tensors = UnitedFiles(_tensors(model), own, names, average)
-        _unite_posterior(model, own, names)
+    def change(model: Checkpoint, own: Tensor, known: Mapping[str, int]) -> None:
+        tensors = _tensors(model)
+
+        def fill(name: str, tokens: Tensor) -> Tensor:
+            return average(tensors.entries[name], known[name], name, tokens)
+
+        model.tensors = UnitedFiles(tensors, own, known, fill)
+        _unite_posterior(model, own, known)
+
+    for model, own, dim_of in zip(models, places, dims, strict=True):
+        change(model, own, dim_of)
     if base is not None:
-        tensors = _tensors(base)
-        rows = [n for n in tensors.entries if any(name.endswith(n) for name in names)]
-        own = _places(united, vocabulary(base) or {t: i for t, i in first.items() if i < _rows(tensors, rows)})
-        base.tensors = UnitedFiles(tensors, own, rows, average)
-        _unite_posterior(base, own, rows)
+        ends = {n: dim for n in base.tensors for known in dims for name, dim in known.items() if name.endswith(n)}
+        shapes = {n: base.tensors.entries[n].shape for n in ends}
+        size = _size(base) or min((shape[0] for n, shape in shapes.items() if ends[n] == 0), default=0)
+        ends = {n: dim for n, dim in ends.items() if shapes[n][dim : dim + 1] == (size,)}
+        # Without a tokenizer of its own it has the first tokens.
+        numbers = first if vocabulary(base) is None else dict(_load(base).get_vocab())
+        change(base, _places(united, numbers, rows, size), ends)
     return added
+
+
+def _alike(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Tell whether there is nothing to unite; a base can be without a tokenizer."""
+    known = [v for c in checkpoints if (v := vocabulary(c)) is not None]
+    return all(v == known[0] for v in known) and len({_size(c) for c in checkpoints}) == 1
+
+
+def _load(checkpoint: Checkpoint) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(checkpoint.directory)
+
+
+def _numbers(
+    models: Sequence[Checkpoint], problems: list[str]
+) -> tuple[list[dict[str, int]], dict[str, int], list[str]] | None:
+    """Return each model's tokens with their numbers, those of all, and which the first one lacked."""
+    try:
+        # Not what is in the files: a token may have another number there than the one that it is loaded with.
+        tokenizers = [_load(m) for m in models]
+        vocabularies = [dict(t.get_vocab()) for t in tokenizers]
+        added = _add(tokenizers)
+    except Exception as err:  # which is what `tokenizers` raises
+        problems.append(f"the tokenizers cannot be united ({err})")
+        return None
+    united = {**vocabularies[0], **{token: tokenizers[0].convert_tokens_to_ids(token) for token in added}}
+    if len(set(united.values())) < len(united):
+        problems.append(f"the tokenizer of {models[0].name} gives new tokens numbers that others have")
+    return vocabularies, united, added
+
+
+def _add(tokenizers: Sequence[Any]) -> list[str]:
+    """Add to the first tokenizer the tokens that it lacks, and return them in order."""
+    first, *others = tokenizers
+    known, added = set(first.get_vocab()), []
+    for other in others:
+        for _, token in sorted(other.added_tokens_decoder.items()):
+            if token.content not in known:
+                first.add_tokens([token], special_tokens=token.special)
+                known.add(token.content)
+                added.append(token.content)
+    return added
+
+
+def _size(checkpoint: Checkpoint) -> int | None:
+    """Return the number of rows for tokens, those that belong to none included; None if it is not said."""
+    config = checkpoint.json("config.json")
+    return next((c["vocab_size"] for c in _parts(config) if isinstance(c.get("vocab_size"), int)), None)
+
+
+def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return where a configuration may have its `vocab_size`; that of the text counts first."""
+    return [*([config["text_config"]] if isinstance(config.get("text_config"), dict) else []), config]
+
+
+def _dims(model: Checkpoint, size: int, problems: list[str]) -> dict[str, int]:
+    """Return by name which dimension of a tensor is that of the tokens."""
+    if model.is_adapter or not size:
+        lacks = "is an adapter" if model.is_adapter else "does not say its `vocab_size` in config.json"
+        problems.append(f"{model.name} {lacks}, so that its tokens cannot be united with others")
+        return {}
+    entries = model.tensors.entries
+    found = {n: 0 for n, e in entries.items() if n.endswith(_ROWS) and e.shape[:1] == (size,)}
+    found |= {n: 1 for n, e in entries.items() if n.endswith(_COLUMNS) and e.shape[1:] == (size,)}
+    other = [n for n, e in entries.items() if n not in found and size in e.shape and not _OF_A_LAYER.search(n)]
+    if other or not found:
+        what = f"`{other[0]}`, which is not known, may" if other else "no tensor is known to"
+        problems.append(f"the tokens of {model.name} cannot be united: {what} have a row for each of its {size}")
+    return found
 
 
 def _tensors(checkpoint: Checkpoint) -> TensorFiles:
@@ -177,18 +293,17 @@ def _tensors(checkpoint: Checkpoint) -> TensorFiles:
     return checkpoint.tensors
 
 
-def _rows(tensors: TensorFiles, names: Sequence[str]) -> int:
-    return min((tensors.entries[n].shape[0] for n in names), default=0)
-
-
-def _places(united: Mapping[str, int], own: Mapping[str, int]) -> Tensor:
-    places = torch.full((max(united.values()) + 1,), -1, dtype=torch.int64)
+def _places(united: Mapping[str, int], own: Mapping[str, int], rows: int, size: int) -> Tensor:
+    """Return for each united row that of a model with `size` rows, -1 where it has none."""
+    places = torch.arange(rows)  # rows without a token are what they are
+    places[[i for i in own.values() if i < rows]] = -1
+    places[size:] = -1
     for token, place in united.items():
-        places[place] = own.get(token, -1)
+        places[place] = own[token] if own.get(token, size) < size else -1
     return places
 
 
-def _unite_posterior(model: Checkpoint, places: Tensor, names: Sequence[str]) -> None:
+def _unite_posterior(model: Checkpoint, places: Tensor, dims: Mapping[str, int]) -> None:
     posterior, config = model.posterior, model.config
     if not isinstance(posterior, TensorFiles) or config is None:
         return
@@ -197,30 +312,56 @@ def _unite_posterior(model: Checkpoint, places: Tensor, names: Sequence[str]) ->
     def prior(name: str, tokens: Tensor) -> Tensor:
         # Without a Hessian; where there is no prior either, with next to none.
         delta = config.of("weight_decay", name) or 1e-6 * config.of("hess_init", name)
-        return torch.full((len(tokens), *entries[name].shape[1:]), 1.0 / (config.of("ess", name) * delta))
+        shape = [n for d, n in enumerate(entries[name].shape) if d != dims[name]]
+        return torch.full((len(tokens), *shape), 1.0 / (config.of("ess", name) * delta))
 
-    model.posterior = UnitedFiles(posterior, places, [n for n in names if n in posterior], prior)
+    model.posterior = UnitedFiles(posterior, places, {n: dim for n, dim in dims.items() if n in posterior}, prior)
 
 
-def write_tokenizer(source: Checkpoint, models: Sequence[Checkpoint], tokens: Sequence[str], directory: Path) -> None:
-    """Write the first model's tokenizer with the tokens that others have, and the size of the vocabulary.
+def number_of_rows(models: Sequence[Checkpoint]) -> int | None:
+    """Return the number of rows for tokens that united models have; None if they were not united."""
+    return next((len(m.tensors.places) for m in models if isinstance(m.tensors, UnitedFiles)), None)
+
+
+def united_tokenizer(models: Sequence[Checkpoint]) -> Any:
+    """Return the first model's tokenizer, of Transformers, with the tokens that others have.
 
     Args:
-        source: Whose tokenizer it is.
-        models: The models, for what kind of token each is.
-        tokens: What `unite` returned.
-        directory: Where to; holds the configuration.
+        models: The models, as for `unite`.
     """
-    from tokenizers import AddedToken
-    from transformers import AutoTokenizer
+    tokenizers = [_load(m) for m in models]
+    _add(tokenizers)
+    return tokenizers[0]
 
-    tokenizer = AutoTokenizer.from_pretrained(source.directory)
-    kinds = {t["content"]: t for m in models for t in m.json(FILE).get("added_tokens", [])}
-    for token in tokens:
-        kind = {k: v for k, v in kinds[token].items() if k not in ("id", "content", "special")}
-        tokenizer.add_tokens([AddedToken(token, **kind, special=kinds[token]["special"])], kinds[token]["special"])
-    tokenizer.save_pretrained(directory)
-    path = directory / "config.json"
+
+def write_tokenizer(source: Checkpoint, models: Sequence[Checkpoint], directory: Path) -> None:
+    """Write the tokenizer of united models, and what the configurations say of tokens.
+
+    Args:
+        source: Whose configuration it is.
+        models: What `unite` has changed.
+        directory: Where to; holds the configuration, and those of separate heads.
+    """
+    (directory / "added_tokens.json").unlink(missing_ok=True)  # of the source, by its own numbers
+    united_tokenizer(models).save_pretrained(directory)
+    for file in ("config.json", "generation_config.json"):
+        _renumber(directory / file, source)
+    for model in models:
+        _renumber(directory / "heads" / model.short_name / "config.json", model)
+
+
+def _renumber(path: Path, model: Checkpoint) -> None:
+    """Change a model's configuration to the united tokens: the size of the vocabulary, special ones."""
+    if not path.is_file():
+        return
+    assert isinstance(model.tensors, UnitedFiles)  # `unite` was there
+    places = model.tensors.places.tolist()
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["vocab_size"] = len(tokenizer)
+    for part in _parts(config):
+        if "vocab_size" in part:
+            part["vocab_size"] = len(places)
+        for name, value in part.items():
+            if name.endswith("_token_id"):
+                new = [places.index(v) if v in places else v for v in (value if isinstance(value, list) else [value])]
+                part[name] = new if isinstance(value, list) else new[0]
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
