@@ -7,10 +7,12 @@ import sys
 import pytest
 import torch
 from torch import nn
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import hf_ivon
 from hf_ivon.checkpoint import save_posterior
+from hf_ivon.cli import merge as merging
 from hf_ivon.cli.main import app
 from hf_ivon.functional import posterior_variance
 from hf_ivon.optim import IVON
@@ -206,3 +208,27 @@ def test_runs_as_a_module(tmp_path):
     assert failed.returncode == 2
     assert "posterior_config.json is missing" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_lists_end_where_an_option_of_one_value_begins():
+    """`--data FILE MODEL` would lose the model to the list that `--data` is in another command."""
+    commands = get_command(app).commands
+    lists = {name: {p.opts[0] for p in c.params if getattr(p, "multiple", False)} for name, c in commands.items()}
+    assert {name: set(options) for name, options in merging._LISTS.items()} == {n: v for n, v in lists.items() if v}
+    for command in ("curvature", "evaluate", "sensitivity"):
+        line = [command, "--data", "x.jsonl", "MODEL"]
+        assert merging.spread(line) == line
+        assert merging.spread([*line, "--text-columns", "a", "b"])[4:] == [
+            "--text-columns",
+            "a",
+            "--text-columns",
+            "b",
+        ]
+    assert merging.spread(["merge", "--models=a", "b", "--output-dir=c"]) == ([
+        "merge",
+        "--models=a",
+        "--models",
+        "b",
+        "--output-dir=c",
+    ])
+    assert merging.spread([]) == []

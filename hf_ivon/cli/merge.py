@@ -8,7 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-_LISTS = ("--models", "--weights", "--text-columns", "--ood-text-columns", "--data")
+_LISTS = {
+    "merge": ("--models", "--weights", "--data", "--text-columns"),
+    "curvature": ("--text-columns",),
+    "evaluate": ("--text-columns", "--ood-text-columns"),
+    "sensitivity": ("--text-columns",),
+}
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -16,13 +21,16 @@ def spread(arguments: Sequence[str]) -> list[str]:
     """Return `--models A B` as `--models A --models B`, which is what the parser knows.
 
     Args:
-        arguments: The command line after the command's name.
+        arguments: The command's name, and what follows it.
     """
-    result, option = [], None
+    lists = _LISTS.get(arguments[0], ()) if arguments else ()
+    result: list[str] = []
+    option = None
     for argument in arguments:
         if argument.startswith("--"):
-            option = argument if argument in _LISTS else None
-            result += [] if option else [argument]
+            name, equals, _ = argument.partition("=")
+            option = name if name in lists else None
+            result += [] if option and not equals else [argument]
         else:
             result += [option, argument] if option else [argument]
     return result
