@@ -23,7 +23,7 @@ from hf_ivon.checkpoint import CONFIG_NAME, posterior_files
 from hf_ivon.json_files import write_json
 from hf_ivon.mean import mean_digest
 from hf_ivon.merge import report as reporting
-from hf_ivon.merge.adapters import drop_saved, merge_products
+from hf_ivon.merge.adapters import drop_saved, merge_products, wide_dtype
 from hf_ivon.merge.files import Checkpoint, Writer, module_directories, replace_in_header
 from hf_ivon.merge.folding import fold
 from hf_ivon.merge.heads import write_heads
@@ -96,8 +96,9 @@ def merge(
         adapters: How to merge LoRA adapters of different ranks or targets, by `average` or `task-arithmetic`:
             ``"concat"`` keeps the sum of their products exactly, ``"svd"`` at the largest of their ranks. By default A
             is merged with A and B with B, which needs adapters of one kind.
-        into_base: Fold merged adapters into their base model, or into `base_model`, and write that.
-        dtype: Of the merged weights; the first model's by default.
+        into_base: Fold merged LoRA adapters into their base model, and write that; or into `base_model`, unless that
+            is the adapter that they started from.
+        dtype: Of the merged weights; by default the first model's, or the base's if adapters are folded into it.
         max_shard_size: Largest file, in bytes or like "5GB"; adapters are always one file.
         density: Share of each difference that `ties` and `dare` keep.
         base_hessian: For `uncertainty`: the Hessian of the base, loss/param²; small trusts the models' own Hessians
@@ -135,14 +136,15 @@ def merge(
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     stays = False
+    written = dtype if plan.fold_into is None else wide_dtype(plan.models)  # rounded once, when it is folded
     try:
         if plan.products is None:
-            report["tensors"] = _write_checked(plan, work, dtype, max_shard_size)
+            report["tensors"] = _write_checked(plan, work, written, max_shard_size)
         else:
             report["tensors"] = {}
             report["ranks"] = merge_products(
                 plan.models, plan.weights, plan.products, plan.method, work,
-                dtype=dtype, kept=plan.kept, dropped=plan.dropped,
+                dtype=written, kept=plan.kept, dropped=plan.dropped,
             )  # fmt: skip
         report["notes"] = reporting.notes(plan.method, report["tensors"], limited_prior(plan))
         source = next(iter(plan.kept.values())) if plan.kept else plan.models[0]
@@ -154,7 +156,7 @@ def merge(
         if plan.added_tokens is not None:
             write_tokenizer(source, plan.models, work)
         if plan.fold_into is not None:
-            _fold(plan.fold_into, work, max_shard_size)
+            _fold(plan.fold_into, work, max_shard_size, dtype)
         if dtype is not None:
             _write_dtype(work / "config.json", dtype)
         (work / "README.md").write_text(reporting.card(report), encoding="utf-8")
@@ -211,9 +213,9 @@ def _write_checked(plan: Plan, work: Path, dtype: torch.dtype | None, max_shard_
     return described
 
 
-def _fold(base: Checkpoint, work: Path, max_shard_size: int | str) -> None:
+def _fold(base: Checkpoint, work: Path, max_shard_size: int | str, dtype: torch.dtype | None) -> None:
     """Replace the merged adapter by its base model with the adapter folded in."""
-    fold(base, Checkpoint.open(str(work), []), work, max_shard_size)
+    fold(base, Checkpoint.open(str(work), []), work, max_shard_size, dtype)
     for file in [*work.glob("adapter_*"), *posterior_files(work)]:
         file.unlink()
     _carry_over(base, work)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from hf_ivon.merge.adapters import MODES, space_problems, whole_tensors
 from hf_ivon.merge.files import Checkpoint
+from hf_ivon.merge.folding import fold_problems, own_base
 from hf_ivon.merge.matching import base_names, compare, settle
 from hf_ivon.merge.vocabulary import tokenizer_problems, unite
 from hf_ivon.tensor_files import Entry
@@ -148,9 +149,12 @@ def make_plan(
     fold_into = None
     if products or into_base or any(m.is_adapter for m in opened):
         problems += _adapter_problems(opened, base, method, adapters, into_base)
-    if into_base and all(m.is_adapter for m in opened):
-        name = base_model or opened[0].json("adapter_config.json").get("base_model_name_or_path")
-        fold_into = Checkpoint.open(str(name), problems)
+    if into_base and opened and all(m.is_adapter for m in opened):
+        fold_into = base or (Checkpoint.open(base_model, problems) if base_model is not None else None)
+        if fold_into is None or fold_into.is_adapter:  # `base_model` is what the adapters started from
+            fold_into = Checkpoint.open(own_base(opened, problems), problems)
+        if not problems:
+            problems += [problem for m in opened for problem in fold_problems(fold_into, m)]
     if method in NEEDS_POSTERIOR and not products:
         problems += [
             f"{m.name} has no posterior, which {method} needs: train it with IVON, or choose --method average"
