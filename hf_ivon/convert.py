@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from hf_ivon import functional
 from hf_ivon.json_files import read_json
-from hf_ivon.mean import match_problems, mean_digest, posterior_keys
+from hf_ivon.mean import buffer_keys, match_problems, mean_digest, posterior_keys, unwrap
 from hf_ivon.posterior import Posterior, one_or_all
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
+from hf_ivon.renamed import tensors_as_loaded
 from hf_ivon.tensor_files import TensorFiles
 
 _SETTINGS = ("ess", "weight_decay", "hess_init")
@@ -65,8 +66,8 @@ def convert(
 
     Args:
         source: A directory with `model.safetensors` (or `adapter_model.safetensors`) that holds the Hessian under the
-            model's names; or a pickle: `optimizer.pt` of ivon-opt, or a flat Hessian over all parameters in their
-            order, as a tensor or as `hess` in a mapping with `ess` and `weight_decay`.
+            names of the model, or of its file; or a pickle: `optimizer.pt` of ivon-opt, or a flat Hessian over all
+            parameters in their order, as a tensor or as `hess` in a mapping with `ess` and `weight_decay`.
         model: The model that holds the mean. Parameters that were not trained should not require gradients.
         ess: Effective sample size λ; by default what the file says, or else the number of tokens or examples.
         weight_decay: Prior precision per example δ; by default what the file says, or else 1e-5.
@@ -87,7 +88,7 @@ def convert(
     if not 0 < scale < float("inf"):
         raise ValueError(f"`scale` must be positive, got {scale!r}. 1 is a Hessian of the loss per example.")
     params = posterior_keys(model)
-    found = _read_directory(path, params) if path.is_dir() else _read_pickle(path, model, trust_pickle)
+    found = _read_directory(path, model) if path.is_dir() else _read_pickle(path, model, trust_pickle)
     hess = {name: h.detach().cpu().float() * scale for name, h in found.hess.items()}
     if unfit := [name for name, h in hess.items() if not torch.isfinite(h).all()]:
         raise ValueError(
@@ -126,12 +127,18 @@ def convert(
     return Posterior(variance, config)
 
 
-def _read_directory(path: Path, params: Mapping[str, Tensor]) -> _Source:
+def _read_directory(path: Path, model: nn.Module) -> _Source:
     """Read the Hessians in a directory."""
     stem = "adapter_model" if (path / "adapter_config.json").is_file() else "model"
     problems: list[str] = []
     files = TensorFiles(path, stem, problems)
+    params = posterior_keys(model)
     hess = {name: files[name] for name, entry in files.entries.items() if entry.dtype.is_floating_point}
+    hess = _of_parameters(hess, model)
+    if not problems and not hess.keys() <= params.keys():
+        renamed, unknown = tensors_as_loaded(path, model, torch.float32)
+        if not unknown:
+            hess = {name: renamed[name] for name in params if name in renamed} or hess
     if not problems:
         problems = match_problems(hess, params) if hess else ["it holds no tensor"]
     if problems:
@@ -139,6 +146,23 @@ def _read_directory(path: Path, params: Mapping[str, Tensor]) -> _Source:
             f"The Hessian in {str(path)!r} cannot be used: {'; '.join(problems)}. Name the model it belongs to."
         )
     return _Source(hess, {name: {} for name in hess})
+
+
+def _of_parameters(hess: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return a Hessian without what a model directory holds beside its parameters: buffers, and tied ones again."""
+    inner = unwrap(model)
+    buffers = {*dict(inner.named_buffers()), *buffer_keys(model)}
+    first = {p: name for name, p in inner.named_parameters()}
+    found = {name: h for name, h in hess.items() if name not in buffers}
+    for name, p in inner.named_parameters(remove_duplicate=False):
+        if name in found and first[p] != name:
+            h = found.pop(name)
+            if not torch.equal(found.setdefault(first[p], h), h):
+                raise ValueError(
+                    f"The Hessian must have one value for each weight, got different ones for `{first[p]}` and "
+                    f"`{name}`, which are one parameter of the model. Save the first alone."
+                )
+    return found
 
 
 def _read_pickle(path: Path, model: nn.Module, trust_pickle: bool) -> _Source:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_ivon.mean import buffer_keys, posterior_keys, weights_lock, write_back
 from hf_ivon.posterior import Posterior
+from hf_ivon.renamed import tensors_as_loaded
 from hf_ivon.tensor_files import TensorFiles, headers
 
 
@@ -52,6 +53,9 @@ class Mixture:
         cls, directories: Sequence[str | PathLike[str]], weights: Sequence[float] | None = None
     ) -> Mixture:
         """Open checkpoints, each with its posterior if it has one; tensors are read when they are used.
+
+        Files in which a model of Transformers has other names than in memory, such as ViT's and Mixtral's, are read
+        through the class of the model, once, and kept.
 
         Args:
             directories: Checkpoint directories of one kind of model, or of adapters of one base.
@@ -125,8 +129,8 @@ class Mixture:
         with weights_lock(model):
             if component is None:
                 component = int(torch.multinomial(torch.tensor(self.weights), 1, generator=generator))
-            posterior, mean = self.posteriors[component], self.means[component]
             tensors = self._tensors(model, component)
+            posterior, mean = self.posteriors[component], self.means[component]
             saved = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
             try:
                 with torch.no_grad():
@@ -143,8 +147,12 @@ class Mixture:
 
     def _tensors(self, model: nn.Module, component: int) -> dict[str, Tensor]:
         """Return the model's tensors that are to be a component's, which must have them all."""
-        there = headers(self.means[component])
         tensors: dict[str, Tensor] = dict(posterior_keys(model))
+        mean = self.means[component]
+        if isinstance(mean, TensorFiles) and not mean.entries.keys() >= tensors.keys():
+            renamed, _ = tensors_as_loaded(mean.files[0].parent, model)
+            self.means[component] = mean = renamed or mean
+        there = headers(mean)
         # Of buffers of whole numbers, such as positions and counts, older files may know nothing; they do not differ.
         tensors |= {n: b for n, b in buffer_keys(model).items() if n in there or b.is_floating_point()}
         wrong = [n for n, t in tensors.items() if n not in there or tuple(there[n].shape) != tuple(t.shape)]

@@ -7,7 +7,7 @@ import ivon
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, ViTConfig, ViTForImageClassification
 
 from hf_ivon import load_posterior
 from hf_ivon.convert import convert
@@ -105,6 +105,70 @@ def test_a_hessian_directory_is_read_by_name(tmp_path):
     assert "has a posterior, which would be lost" in again.output
     report = merge([str(tmp_path / "model")] * 2, tmp_path / "out", method="gaussian")
     assert report["without_posterior"] == []
+
+
+def images(kind):
+    """A classifier of images: ViT has other names in its file, ResNet has buffers there."""
+    torch.manual_seed(1)
+    if kind == "resnet":
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=3)
+        return ResNetForImageClassification(config)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4))
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_a_hessian_saved_as_a_model_is_read_as_one(tmp_path, kind):
+    """Names that only files have, and statistics that are no Hessian, were taken for another model's parameters."""
+    model, beside = images(kind), images(kind)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in beside.parameters():
+            p.copy_(torch.rand(p.shape, generator=generator))
+    beside.save_pretrained(tmp_path)
+    found = convert(tmp_path, model, ess=100.0, weight_decay=0.01)
+    assert found.names() == sorted(name for name, _ in model.named_parameters())
+    for name, h in beside.named_parameters():
+        torch.testing.assert_close(found.variance[name], 1 / (100 * (h.detach() + 0.01)))
+    with pytest.raises(ValueError, match="the model lacks"):
+        convert(tmp_path, tiny.bert(), ess=1.0)
+
+
+def test_a_renamed_hessian_may_be_of_a_part_but_not_of_more(tmp_path):
+    """What the model's class made up, or had no use for, must not be taken for the Hessian."""
+    images("vit").save_pretrained(tmp_path)
+    model = images("vit")
+    hess = load_file(tmp_path / "model.safetensors")
+    hess = {name: torch.rand(h.shape) for name, h in hess.items() if not name.startswith("classifier")}
+    save_file(hess, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = convert(tmp_path, model, ess=1.0)
+    assert found.names() == sorted(n for n, _ in model.named_parameters() if not n.startswith("classifier"))
+    save_file({**hess, "another": torch.rand(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the model lacks `another`"):
+        convert(tmp_path, model, ess=1.0)
+
+
+def test_a_tied_parameter_may_have_either_name(tmp_path):
+    """Who saves all names that a model's state has, saves the embeddings twice."""
+    model = tiny.gpt2()
+    hess = {n: torch.rand(p.shape) for n, p in model.named_parameters()}
+    tied = hess["transformer.wte.weight"]
+    expected = convert(_saved(tmp_path / "once", hess), model, ess=1.0)
+    twice = convert(_saved(tmp_path / "twice", {**hess, "lm_head.weight": tied.clone()}), model, ess=1.0)
+    del hess["transformer.wte.weight"]
+    other = convert(_saved(tmp_path / "other", {**hess, "lm_head.weight": tied}), model, ess=1.0)
+    for found in (twice, other):
+        assert found.names() == expected.names()
+        assert all(torch.equal(found.variance[n], expected.variance[n]) for n in found.names())
+    unlike = {**hess, "transformer.wte.weight": tied, "lm_head.weight": tied + 1}
+    with pytest.raises(ValueError, match="different ones for `transformer.wte.weight` and `lm_head.weight`"):
+        convert(_saved(tmp_path / "unlike", unlike), model, ess=1.0)
+
+
+def _saved(directory, tensors):
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    return directory
 
 
 def test_a_flat_hessian_is_cut_in_the_models_order(tmp_path):

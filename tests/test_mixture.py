@@ -3,7 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertForSequenceClassification, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    BertForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hf_ivon import Mixture, posterior_predict
 from hf_ivon.draws import sample_generator
@@ -83,6 +89,38 @@ def test_buffers_are_swapped_under_the_names_of_the_file(tmp_path):
         norm.running_mean += 1
     assert torch.equal(norm.running_mean, torch.zeros(4))
     assert norm.num_batches_tracked == 0
+
+
+def mixtral(seed):
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=29, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    return MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=2)).eval()
+
+
+def test_components_whose_files_have_other_names(tmp_path):
+    """Transformers joins the experts' matrices as it loads them: a component's own model did not fit its file."""
+    for seed in (1, 2):
+        model = mixtral(seed)
+        model.save_pretrained(tmp_path / str(seed))
+        tiny.posterior_of(model, std=0.2).save_pretrained(tmp_path / str(seed))
+    mixture = Mixture.from_pretrained([tmp_path / "1", tmp_path / "2"])
+    body = MixtralForCausalLM.from_pretrained(tmp_path / "1").eval()
+    ids, state = torch.arange(6)[None], torch.get_rng_state()
+    for component, seed in enumerate((1, 2)):
+        generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+        member = mixtral(seed)
+        torch.set_rng_state(state)
+        with mixture.sampled(body, generators[0], component=component), torch.no_grad():
+            found = body(input_ids=ids).logits
+        assert torch.equal(torch.get_rng_state(), state)
+        with mixture.posteriors[component].sampled(member, generators[1]), torch.no_grad():
+            torch.testing.assert_close(found, member(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="lacks 25, such as"), mixture.sampled(tiny.bert(), component=1):
+        pass
+    model = tiny.bert(num_labels=2)
+    other = Mixture.from_pretrained([tmp_path / "1"])
+    with pytest.raises(ValueError, match="must have all parameters"), other.sampled(model):
+        pass
 
 
 def test_multi_ivon_samples_each_posterior(tmp_path):
