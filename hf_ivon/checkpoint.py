@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def save_posterior(
             "posterior, or pass the model that holds the mean to `restrict`."
         )
     tensors = {name: posterior.variance[name].detach().float().contiguous().cpu() for name in posterior.names()}
+    tensors = _apart(tensors)
     problems = [problem for name, tensor in tensors.items() for problem in variance_problems(name, tensor)]
     if not tensors:
         problems.append("it holds no tensor")
@@ -166,6 +168,12 @@ def save_posterior(
     for stale in earlier - set(pending):
         stale.unlink()
     return sorted(pending)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that share no storage with others, as files need them; copies only of those that do."""
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return {n: t.clone() if users[t.untyped_storage().data_ptr()] > 1 else t for n, t in tensors.items()}
 
 
 def load_posterior(

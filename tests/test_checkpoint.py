@@ -132,6 +132,22 @@ def test_other_precisions_and_layouts_are_written_as_fp32(tmp_path):
     assert_same(load_posterior(tmp_path), posterior)
 
 
+def test_variances_may_be_views_of_one_tensor(tmp_path):
+    """Flat variances cut into parameters, or one tensor under two names, ended in an error of the files' library."""
+    _, posterior = make()
+    sizes = [v.numel() for v in posterior.variance.values()]
+    flat = torch.cat([v.reshape(-1) for v in posterior.variance.values()])
+    views = {n: part.view(v.shape) for (n, v), part in zip(posterior.variance.items(), flat.split(sizes), strict=True)}
+    save_posterior(Posterior(views, posterior.config), tmp_path)
+    assert_same(load_posterior(tmp_path), posterior)
+    same = Posterior({**views, "2.weight": views["0.weight"][:2]}, posterior.config)
+    save_posterior(same, tmp_path, max_shard_size=100)
+    assert_same(load_posterior(tmp_path), same)
+    part = Posterior({"0.bias": views["0.bias"]}, posterior.config)
+    assert sum(f.stat().st_size for f in save_posterior(part, tmp_path)) < 2000
+    assert_same(load_posterior(tmp_path), part)
+
+
 def damage_missing(d):
     (d / "posterior.safetensors").unlink()
 
