@@ -8,7 +8,19 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertModel,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+)
 
 from hf_ivon import save_posterior
 from hf_ivon.hub import push, write_card
@@ -45,9 +57,22 @@ def adapter(base, directory, task_type, **options):
     )
 
 
-def plain_bert():
-    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    return BertForMaskedLM(BertConfig(vocab_size=tiny.VOCABULARY, **config))
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def plain_bert(make=BertForMaskedLM):
+    return make(BertConfig(vocab_size=tiny.VOCABULARY, **SMALL))
+
+
+def t5():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=tiny.VOCABULARY, **sizes))
+
+
+def wav2vec():
+    convolutions = {"conv_dim": (16,), "conv_stride": (2,), "conv_kernel": (2,), "num_feat_extract_layers": 1}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    return Wav2Vec2ForSequenceClassification(Wav2Vec2Config(vocab_size=8, **SMALL, **convolutions, **positions))
 
 
 MAKE = {
@@ -57,6 +82,13 @@ MAKE = {
     "tagger": lambda directory: tiny.tagger(),
     "language model": lambda directory: tiny.gpt2(),
     "another model": lambda directory: plain_bert(),
+    "several labels": lambda directory: tiny.bert(problem_type="multi_label_classification"),
+    "several numbers": lambda directory: tiny.bert(problem_type="regression"),
+    "one text of another": lambda directory: t5(),
+    "pictures": lambda directory: ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **SMALL)),
+    "sound": lambda directory: wav2vec(),
+    "multiple choice": lambda directory: plain_bert(BertForMultipleChoice),
+    "no task": lambda directory: plain_bert(BertModel),
     "adapter of a classifier": lambda directory: adapter(tiny.bert(), directory, "SEQ_CLS", target_modules=["query"]),
     "adapter of a tagger": lambda directory: adapter(tiny.tagger(), directory, "TOKEN_CLS", target_modules=["query"]),
     "adapter of a language model": lambda directory: adapter(
@@ -81,6 +113,11 @@ def test_the_snippet_runs(tmp_path, hub, kind, capsys):
     exec(compile(snippet, kind, "exec"), {})
     printed = capsys.readouterr().out
     classes = {"classifier": 3, "adapter of a classifier": 3, "two classes": 2, "tagger": 4, "adapter of a tagger": 4}
+    assert ("logits=tensor" in printed) == (kind in ("several labels", "several numbers", "another model"))
+    data = ModelCard(hub.repositories[NAME].files["README.md"].decode()).data
+    assert data.library_name == ("peft" if kind.startswith("adapter") else "transformers")
+    without_task = ("another model", "one text of another", "pictures", "sound", "multiple choice", "no task")
+    assert (data.pipeline_tag is None) == (kind in (*without_task, "adapter of no task"))
     expected = classes.get(kind)
     if expected:
         assert len(re.search(r"tensor\(\[\[(.*?)\]", printed).group(1).split(",")) == expected

@@ -39,6 +39,7 @@ _TASKS = {
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
 }
+_OTHER_TEXT = ("ForMaskedLM", "ForQuestionAnswering")  # take tokens alone too; a draw of the weights can be shown
 
 
 def write_card(
@@ -134,7 +135,7 @@ def _complete(
     named = data.base_model if isinstance(data.base_model, list) else [data.base_model or config.base_model]
     bases = [base for base in named if base and _REPOSITORY.fullmatch(base) and not Path(base).exists()]
     data.base_model = bases if len(bases) > 1 else next(iter(bases), None)
-    data.library_name = data.library_name or (model["library"] if model["kind"] != "other" else None)
+    data.library_name = data.library_name or (model["library"] if model["model_class"] else None)
     data.pipeline_tag = data.pipeline_tag or model["task"]
     data.license = license or data.license
     if training is not None:
@@ -142,8 +143,12 @@ def _complete(
 
 
 def _describe_model(directory: Path) -> dict[str, Any]:
-    """Return what the card's snippet depends on: library, class and kind of a model or an adapter."""
-    found: dict[str, Any] = {"library": "transformers", "model_class": None, "num_labels": None, "kind": "other"}
+    """Return what the card's snippet depends on: library, class and kind of a model or an adapter.
+
+    Of a kind that may need more than tokens, such as pictures or a second text, the snippet only shows the posterior.
+    """
+    found: dict[str, Any] = {"library": "transformers", "model_class": None, "num_labels": None}
+    found |= {"task": None, "kind": "other"}
     found["has_tokenizer"] = (directory / "tokenizer_config.json").is_file()
     adapter, config = (read_json(directory / f"{name}config.json", []) or {} for name in ("adapter_", ""))
     if adapter:
@@ -155,17 +160,29 @@ def _describe_model(directory: Path) -> dict[str, Any]:
         found["model_class"] = None if "auto_map" in config else name
         labels = config.get("id2label")
         found["num_labels"] = len(labels) if labels else 2  # a configuration leaves out what is by default two labels
-    ending = next((e for e in _TASKS if (found["model_class"] or "").endswith(e)), None)
-    found["task"] = None if ending is None else _TASKS[ending]
-    if found["task"] == "text-classification" and found["num_labels"] == 1:
-        found["kind"] = "regression"
-    elif found["task"] in ("text-classification", "token-classification"):
-        found["kind"] = "classifier"
-    elif found["task"]:
+    name = found["model_class"] or ""
+    if not name.endswith((*_TASKS, *_OTHER_TEXT)) or not (adapter or _takes_tokens(name)):
+        return found
+    found["task"] = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+    # What is averaged must be one class, or one number: of several labels or numbers there is a draw to be seen.
+    several = config.get("problem_type") == "multi_label_classification" or (
+        config.get("problem_type") == "regression" and found["num_labels"] != 1
+    )
+    if found["task"] == "text-generation":
         found["kind"] = "language model"
-    elif found["model_class"]:
+    elif found["task"] and not several:
+        is_number = found["task"] == "text-classification" and found["num_labels"] == 1
+        found["kind"] = "regression" if is_number else "classifier"
+    else:
         found["kind"] = "model"
     return found
+
+
+def _takes_tokens(name: str) -> bool:
+    """Tell whether the first thing that a class of Transformers takes is the numbers of tokens."""
+    import transformers
+
+    return getattr(getattr(transformers, name, None), "main_input_name", None) == "input_ids"
 
 
 def _training_of(data: ModelCardData, config: PosteriorConfig) -> dict[str, Any]:
