@@ -5,6 +5,7 @@ The result is a posterior like IVON's, so that such models can be merged, sample
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -105,11 +106,13 @@ def estimate_posterior(
 
 
 def check_settings(estimator: str, weight_decay: float) -> None:
-    """Raise a `ValueError` for an unknown estimator, or a weight decay that is not positive."""
+    """Raise a `ValueError` for an unknown estimator, or a weight decay that is not positive and finite."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, got {estimator!r}. Choose one.")
-    if not weight_decay > 0:
-        raise ValueError(f"`weight_decay` must be positive, got {weight_decay!r}. It keeps the variances finite.")
+    if not 0 < weight_decay < math.inf:
+        raise ValueError(
+            f"`weight_decay` must be positive and finite, got {weight_decay!r}. It keeps the variances finite."
+        )
 
 
 class _Totals:

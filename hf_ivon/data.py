@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from hf_ivon.columns import LABELS, holds_text, labels_of, text_columns_of, text
 
 if TYPE_CHECKING:
     from hf_ivon.predict import Prediction
+
+logger = logging.getLogger(__name__)
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 _SAYS_ITS_TASK = re.compile("For[A-Z]|LMHead")
@@ -194,6 +197,22 @@ def is_language_model(model: nn.Module) -> bool:
     return any(n.endswith(endings) for n in names)
 
 
+def number_of_positions(model: nn.Module) -> int | None:
+    """Return how many tokens a model takes at most; None if its configuration does not say, or it counts none."""
+    config: Any = getattr(model, "config", None)
+    if config is None or not getattr(config, "position_biased_input", True):  # DeBERTa may count distances alone
+        return None
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known = getattr(config, "max_position_embeddings", None)
+    if not isinstance(known, int) or known < 1:
+        return None
+    for name, module in model.named_modules():
+        is_table = isinstance(module, nn.Embedding) and "position" in name and module.num_embeddings == known
+        if is_table and module.padding_idx is not None:
+            return known - module.padding_idx - 1  # RoBERTa and its like count from the one after that of padding
+    return known
+
+
 def load_batches(
     data: str | os.PathLike[str] | Any,
     model: nn.Module,
@@ -243,9 +262,11 @@ def load_batches(
     if max_examples is not None and max_examples < len(rows):
         chosen = rows.add_column("hf_ivon_row", numbers).shuffle(seed=seed).select(range(max_examples))
         numbers = list(chosen["hf_ivon_row"])
-    limits = [max_length, tokenizer.model_max_length, _positions(model)]
-    cut = {"truncation": True, "max_length": min(limit for limit in limits if limit)}
-    inputs = tokenizer(*([column[number] for number in numbers] for column in texts), **cut)
+    limits = [max_length, tokenizer.model_max_length, number_of_positions(model)]
+    longest = min(limit for limit in limits if limit)
+    inputs = tokenizer(*([c[number] for number in numbers] for c in texts), truncation=True, max_length=longest)
+    if longest < max_length and any(len(ids) == longest for ids in inputs["input_ids"]):
+        logger.warning("Texts are cut at %d tokens, which is as long as the model takes them.", longest)
     examples = [{k: v[i] for k, v in inputs.items()} for i in range(len(numbers))]
     if with_rows:
         examples = [{**e, "row": number} for e, number in zip(examples, numbers, strict=True)]
@@ -264,19 +285,6 @@ def load_batches(
         if is_lm:
             batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
     return batches
-
-
-def _positions(model: nn.Module) -> int | None:
-    """Return how many tokens a model has positions for; None if its configuration does not say."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    numbers = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    found = next((n for n in numbers if isinstance(n, int) and n > 0), None)
-    for name, module in model.named_modules():
-        is_table = isinstance(module, nn.Embedding) and "position" in name and module.num_embeddings == found
-        if found and is_table and module.padding_idx is not None:
-            return found - module.padding_idx - 1  # RoBERTa and its like count from the one after that of padding
-    return found
 
 
 def evaluate(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:

@@ -232,3 +232,50 @@ def test_lists_end_where_an_option_of_one_value_begins():
         "--output-dir=c",
     ])
     assert merging.spread([]) == []
+
+
+def test_where_nothing_can_be_written_is_found_out_first(tmp_path, monkeypatch):
+    """Hours of estimating or merging would end in a traceback, and be lost."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    for name in ("load_rows", "load_checkpoint", "load_model"):
+        monkeypatch.setattr(f"hf_ivon.data.{name}", lambda *_: pytest.fail("something was loaded"))
+    monkeypatch.setattr("hf_ivon.merge.engine.make_plan", lambda *_, **__: pytest.fail("something was planned"))
+    data = ["--data", tmp_path / "rows.jsonl"]
+    for target in ("file", "file/out", "gone", "gone/out"):
+        for line in (
+            ["merge", "--models", "a", "--output-dir", tmp_path / target],
+            ["curvature", tmp_path, *data, "--output-dir", tmp_path / target],
+            ["convert", tmp_path / "hessian", "--output-dir", tmp_path / target],
+            ["evaluate", tmp_path, *data, "--output", tmp_path / target / "out.json"],
+            ["evaluate", tmp_path, *data, "--plots", tmp_path / target],
+            ["sensitivity", tmp_path, *data, "--output", tmp_path / target / "out.jsonl"],
+        ):
+            result = run(*line)
+            assert result.exit_code == 2, result.output
+            assert "must be a directory that can be written into, got " in result.output
+    result = run("evaluate", tmp_path, *data, "--output", tmp_path)
+    assert "`output` must be a file, got the directory" in result.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "gone"]
+
+
+@pytest.mark.parametrize("command", ["merge", "curvature", "convert", "evaluate", "sensitivity", "inspect"])
+def test_a_disk_that_fails_is_one_line(checkpoint, tmp_path, monkeypatch, command):
+    """A full disk would show as a traceback, in which nobody finds the reason."""
+
+    def fail(*_, **__):
+        raise OSError("No space left on device")
+
+    for name in ("hf_ivon.data.load_rows", "hf_ivon.data.load_model", "hf_ivon.data.load_checkpoint"):
+        monkeypatch.setattr(name, fail)
+    monkeypatch.setattr("hf_ivon.merge.engine.make_plan", fail)
+    monkeypatch.setattr("hf_ivon.plots.sigma_per_layer", fail)
+    line = {
+        "curvature": [checkpoint, "--data", "x.jsonl", "--output-dir", tmp_path / "out"],
+        "merge": ["--models", "a", "--output-dir", tmp_path / "out"],
+        "convert": [checkpoint, "--output-dir", tmp_path / "out"],
+        "inspect": [checkpoint, "--plots", tmp_path / "out"],
+    }
+    result = run(command, *line.get(command, [checkpoint, "--data", "x.jsonl"]))
+    assert result.exit_code == 2
+    assert "error: No space left on device" in result.output

@@ -109,8 +109,11 @@ def test_results_have_a_place_before_they_are_computed(classifiers, monkeypatch,
         patch.setattr(data, "load_checkpoint", lambda directory: pytest.fail("the work began"))
         for flags, message in (
             (["--output", classifiers], "`output` must be a file, got the directory"),
-            (["--output", classifiers / "file" / "out.json"], "`output` must be in a directory, got"),
-            (["--plots", classifiers / "file"], "`plots` must be in a directory, got"),
+            (
+                ["--output", classifiers / "file" / "out.json"],
+                "`output` must be a directory that can be written into, got",
+            ),
+            (["--plots", classifiers / "file"], "`plots` must be a directory that can be written into, got"),
         ):
             result = invoke(*start, *flags)
             assert result.exit_code == 2, result.output

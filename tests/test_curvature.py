@@ -210,7 +210,8 @@ def test_adapters_only():
     ("settings", "message"),
     [
         ({"estimator": "hutchinson"}, "`estimator` must be one of squared-gradient, ggn, got 'hutchinson'"),
-        ({"weight_decay": 0.0}, "`weight_decay` must be positive, got 0.0"),
+        ({"weight_decay": 0.0}, "`weight_decay` must be positive and finite, got 0.0"),
+        ({"weight_decay": float("inf")}, "`weight_decay` must be positive and finite, got inf"),
         ({"data": []}, "`data` must hold examples that count, got none"),
     ],
 )

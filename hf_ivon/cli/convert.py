@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hf_ivon.cli.outputs import FAILURES, check_directory
+
 
 def convert(
     source: Annotated[
@@ -53,11 +55,12 @@ def convert(
     try:
         if posterior_files(target):
             raise ValueError(f"{str(target)!r} has a posterior, which would be lost. Choose another --output-dir.")
+        check_directory("output_dir", target)
         posterior = converting.convert(
             source, load_model(directory), **known, scale=scale, estimator=estimator, trust_pickle=trust_pickle
         )
         save_posterior(posterior, target)
-    except (ValueError, ImportError) as err:
+    except FAILURES as err:
         typer.echo(f"error: {err}", err=True)
         raise typer.Exit(2) from None
     weights = sum(v.numel() for v in posterior.variance.values())

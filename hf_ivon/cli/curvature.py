@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hf_ivon.cli.outputs import FAILURES, check_directory
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def curvature(
@@ -35,7 +40,7 @@ def curvature(
         num = run(
             model, data, estimator, fraction, text_columns, max_length, train_size, weight_decay, output_dir, seed
         )
-    except (ValueError, ImportError) as err:
+    except FAILURES as err:
         typer.echo(f"error: {err}", err=True)
         raise typer.Exit(2) from None
     typer.echo(f"Posterior of {num:,} examples written into {output_dir or model}.")
@@ -66,9 +71,11 @@ def run(
         raise ValueError(f"`output_dir` must be given for a model on the Hub, got {model_name!r}. Add --output-dir.")
     if posterior_files(target):
         raise ValueError(f"{str(target)!r} has a posterior, which would be lost. Choose another --output-dir.")
+    check_directory("output_dir", target)
     rows = load_rows(file, text_columns or ())
     wanted = math.ceil(fraction * len(rows))
     model, tokenizer = load_checkpoint(model_name)
+    _check_mean(model, model_name)
     columns = {"text_columns": text_columns or (), "max_length": max_length}
     batches = load_batches(rows, model, tokenizer, **columns, max_examples=wanted, seed=seed)
     examples = sum(len(batch["input_ids"]) for batch in batches)
@@ -76,3 +83,26 @@ def run(
     posterior = estimate_posterior(model, batches, **settings, train_size=train_size, scale=len(rows) / wanted)
     save_posterior(posterior, target)
     return examples
+
+
+def _check_mean(model: nn.Module, name: str) -> None:
+    """Make sure that a model was loaded with the bytes of its file, by which its posterior is known to be its own."""
+    from hf_ivon.mean import mean_digest, posterior_keys
+    from hf_ivon.tensor_files import TensorFiles
+
+    is_adapter = (Path(name) / "adapter_config.json").is_file()
+    saved = TensorFiles(Path(name), "adapter_model" if is_adapter else "model", [])
+    params = {n: p for n, p in posterior_keys(model).items() if p.requires_grad}
+    # Of some models the file has other names, and of a model on the Hub there is no file here.
+    if not params.keys() <= saved.keys() or mean_digest(params) == mean_digest(saved, params):
+        return
+    other = next((n for n, p in params.items() if p.dtype != saved.entries[n].dtype), None)
+    advice = (
+        "Save the adapter in float32, which it is loaded in."
+        if is_adapter
+        else "Set `dtype` in config.json to what the file has, or save the model again."
+    )
+    reason = (
+        f": `{other}` is {saved.entries[other].dtype} there and was loaded as {params[other].dtype}" if other else ""
+    )
+    raise ValueError(f"The weights of {name!r} must be loaded as they are in its file, but differ{reason}. {advice}")

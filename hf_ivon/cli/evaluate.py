@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_ivon.cli.outputs import check_outputs, writing
+from hf_ivon.cli.outputs import FAILURES, check_outputs, writing
 
 
 def evaluate(
@@ -46,7 +46,7 @@ def evaluate(
         ood_columns = {**columns, "text_columns": ood_text_columns or columns["text_columns"]}
         sampling = {"num_samples": num_samples, "seed": seed, "ess_scale": ess_scale}
         results, draw = run(model, data, sampling, tolerance, ood_data, columns, ood_columns, plots is not None)
-    except (ValueError, ImportError) as err:
+    except FAILURES as err:
         typer.echo(f"error: {err}", err=True)
         raise typer.Exit(2) from None
     width = max(len(name) for name in results["mean"])

@@ -88,6 +88,9 @@ def inspect(
         except ImportError as err:
             typer.echo(f"error: {err}. Install hf_ivon[plots].", err=True)
             raise typer.Exit(2) from None
+        except OSError as err:
+            typer.echo(f"error: {err}", err=True)
+            raise typer.Exit(2) from None
 
 
 def _draw(posterior: Posterior, state: Path, directory: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_ivon.cli.outputs import FAILURES, check_directory
+
 _LISTS = {
     "merge": ("--models", "--weights", "--data", "--text-columns"),
     "curvature": ("--text-columns",),
@@ -95,6 +97,8 @@ def merge(
     try:
         chosen = _numbers(weights)
         points = None
+        if not dry_run:
+            check_directory("output_dir", output_dir)
         if sweep is not None and not dry_run:
             points = _sweep(models, output_dir, rule, seed, sweep, scale, data or [], text_columns or [], max_length)
             chosen = max(points, key=lambda point: point["score"])["weights"]
@@ -113,7 +117,7 @@ def merge(
         )
         if points is not None:
             _keep_sweep(points, output_dir)
-    except (ValueError, ImportError) as err:
+    except FAILURES as err:
         typer.echo(f"error: {err}", err=True)
         raise typer.Exit(2) from None
     _show(report, output_dir, dry_run)

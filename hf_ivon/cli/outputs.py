@@ -1,47 +1,74 @@
-"""Where a command's numbers and figures go: looked at before the work, written after the numbers were printed."""
+"""Where a command writes: tried before anything is computed for it; results are printed before they are written."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 
+FAILURES = (ValueError, ImportError, OSError)  # what is a message and exit code 2, and no traceback
+
+
+def check_directory(option: str, directory: Path | None) -> None:
+    """Make sure that a directory can be written into, without leaving anything there.
+
+    Args:
+        option: The option's name, for the message.
+        directory: What was given for it; it may not exist yet. None is fine.
+
+    Raises:
+        ValueError: If it cannot be written into.
+    """
+    if directory is None:
+        return
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".hf_ivon-", dir=existing):
+            pass
+    except OSError as err:
+        raise ValueError(
+            f"`{option}` must be a directory that can be written into, got {str(directory)!r} ({err.strerror} at "
+            f"{str(existing)!r}). Choose another one."
+        ) from err
+
+
+def check_file(option: str, file: Path | None) -> None:
+    """Make sure that a file can be written, without writing it.
+
+    Args:
+        option: The option's name, for the message.
+        file: What was given for it; it may not exist yet. None is fine.
+
+    Raises:
+        ValueError: If it is a directory, or its own cannot be written into.
+    """
+    if file is not None and file.is_dir():
+        raise ValueError(f"`{option}` must be a file, got the directory {str(file)!r}. Name a file in it.")
+    check_directory(option, None if file is None else file.parent)
+
 
 def check_outputs(output: Path | None, plots: Path | None) -> None:
-    """Refuse, before anything is computed, a file or a directory of figures that could not be written.
+    """Make sure that a file of results and a directory of figures can be written, and figures drawn.
 
     Args:
         output: The file; None is none.
-        plots: The directory of figures; None is none.
+        plots: The directory; None is none.
 
     Raises:
         ImportError: If figures are wanted and cannot be drawn.
         ValueError: If one of them cannot be where it should be.
     """
-    if output is not None:
-        if output.is_dir():
-            raise ValueError(f"`output` must be a file, got the directory {str(output)!r}. Add a file's name.")
-        _check_directory("output", output.absolute().parent)
+    check_file("output", output)
+    check_directory("plots", plots)
     if plots is not None:
-        _check_directory("plots", plots.absolute())
         try:
             import matplotlib  # noqa: F401
         except ImportError as err:
             raise ImportError("Figures need `matplotlib`: pip install 'hf_ivon[plots]'.") from err
-
-
-def _check_directory(name: str, directory: Path) -> None:
-    """Refuse a directory that is not there and cannot be made."""
-    there = next(path for path in (directory, *directory.parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(
-            f"`{name}` must be in a directory, got {str(there)!r}, which is a file. Choose another place."
-        )
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"`{name}` must be where files may be written, got {str(there)!r}. Choose another place.")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_ivon.cli.outputs import check_outputs, writing
+from hf_ivon.cli.outputs import FAILURES, check_outputs, writing
 
 _WIDTH = 72  # characters of a text that are shown
 
@@ -40,7 +40,7 @@ def sensitivity(
     try:
         check_outputs(output, plots)
         summary, rows = run(model, data, max_examples, text_columns or [], max_length, ess_scale, seed)
-    except (ValueError, ImportError) as err:
+    except FAILURES as err:
         typer.echo(f"error: {err}", err=True)
         raise typer.Exit(2) from None
     typer.echo(f"{'':<10}{'trained on':>12}{'left out':>12}   {len(rows):,} examples")

@@ -132,12 +132,12 @@ def merge(
     report: dict[str, Any] = plan.summary()
     if dry_run:
         return report
-    plan = limit_prior(plan)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     stays = False
     written = dtype if plan.fold_into is None else wide_dtype(plan.models)  # rounded once, when it is folded
     try:
+        plan = limit_prior(plan)
         if plan.products is None:
             report["tensors"] = _write_checked(plan, work, written, max_shard_size)
         else:
