@@ -4,13 +4,16 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BertForSequenceClassification, GPT2LMHeadModel
+from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
 
 from hf_ivon import load_posterior
 from hf_ivon.cli.merge import _keep_sweep
@@ -177,6 +180,50 @@ def test_the_sweep_command(classifiers):
     assert json.loads((classifiers / "out" / "merge_report.json").read_text())["weights"] == best
     assert sum(best) == 2
     assert (classifiers / "out" / "sweep.png").stat().st_size > 1000
+
+
+def test_what_cannot_be_swept_is_said_before_the_data_are_read(classifiers, monkeypatch):
+    """Models with a head at random would be compared, and adapters end in an error after everything was loaded."""
+    monkeypatch.setattr("hf_ivon.data.load_checkpoint", lambda *_: pytest.fail("a model was loaded"))
+    start = ["merge", "--models", classifiers / "films", classifiers / "books", "--method", "average", "--sweep", 1]
+    start += ["--output-dir", classifiers / "out", "--data", f"films={classifiers / 'films.jsonl'}"]
+    for flags in (["--adapters", "concat"], ["--into-base"]):
+        result = invoke(*start, *flags)
+        assert result.exit_code == 2
+        assert "`adapters` and `into_base` must be left out in a sweep" in result.output
+    config = BertConfig.from_pretrained(classifiers / "books", num_labels=3)
+    shutil.rmtree(classifiers / "books")
+    BertForSequenceClassification(config).save_pretrained(classifiers / "books")
+    result = invoke(*start, "--heads", "drop")
+    assert result.exit_code == 2
+    assert "would have new weights at random for classifier.bias, classifier.weight" in result.output
+    for name in ("films", "books"):
+        model = get_peft_model(tiny.bert(), LoraConfig(target_modules=["query"], r=2))
+        shutil.rmtree(classifiers / name)
+        model.save_pretrained(classifiers / name)
+    result = invoke(*start)
+    assert result.exit_code == 2
+    assert "Adapters cannot be merged in a sweep, which evaluates whole models" in result.output
+
+
+def test_the_largest_file_can_be_given_in_bytes(classifiers):
+    """The function takes bytes, and the command would call them a unit that it does not know."""
+    start = ["merge", "--models", classifiers / "films", classifiers / "books", "--method", "average"]
+    result = invoke(*start, "--output-dir", classifiers / "out", "--max-shard-size", "1000")
+    assert result.exit_code == 0, result.output
+    assert (classifiers / "out" / "model.safetensors.index.json").exists()
+    for wrong in ("0", "abc", "-1", "5 GiB", "0GB"):
+        result = invoke(*start, "--output-dir", classifiers / "no", "--max-shard-size", wrong)
+        assert result.exit_code == 2
+        assert "`max_shard_size` must be a number of bytes" in result.output
+
+
+def test_one_string_is_no_list_of_models(models):
+    """Each of its characters would be looked for on the Hub."""
+    directory, names, _ = models
+    for wrong in (names[0], Path(names[0])):
+        with pytest.raises(TypeError, match=r"`models` must be a list of directories or repositories, got "):
+            merge(wrong, directory / "out", method="average")
 
 
 def test_the_card_names_what_was_merged(models):

@@ -20,7 +20,10 @@ from transformers import (
 )
 
 from hf_ivon.merge import load_head, merge
+from hf_ivon.merge.plan import make_plan
+from hf_ivon.merge.sweep import sweep
 from tests import tiny
+from tests.classifiers import invoke
 from tests.test_merge import save
 
 SENTENCES = [f"The number {i} is smaller than the number {i + 1}." for i in range(20)]
@@ -301,3 +304,31 @@ def test_what_cannot_be_united_is_said_before_anything_is_written(tmp_path):
         (tmp_path / name / "adapter_config.json").write_text("{}")
         save_file(weights, tmp_path / name / "adapter_model.safetensors")
     assert "a is an adapter, so that its tokens cannot be united" in refused()
+
+
+@pytest.mark.parametrize("heads", ["keep:b", "separate"])
+def test_a_sweep_looks_at_the_merge_that_is_written(tmp_path, heads):
+    """With a tokenizer of one model, or the size of its vocabulary, other merges would be compared, or none."""
+    for name, tokens in (("a", ["<a>", "<c>"]), ("b", ["<b>", "<a>"])):
+        model = tiny.bert(num_labels=2 + (name == "b"))
+        model.config.pad_token_id = 28 if name == "b" else 0  # <b>
+        save_with(model, tmp_path / name, tokens)
+    names, settings = [str(tmp_path / n) for n in "ab"], {"method": "average", "tokenizer": "union", "heads": heads}
+    seen = []
+    plan = make_plan(names, None, **settings)
+    sweep(plan, {"b": lambda model: seen.append(model) or {"accuracy": 1.0}}, steps=2)
+    merge(names, tmp_path / "out", **settings)
+    written = (
+        load_head(tmp_path / "out", "b")
+        if heads == "separate"
+        else BertForSequenceClassification.from_pretrained(tmp_path / "out")
+    )
+    assert seen[1].config.pad_token_id == written.config.pad_token_id == 30
+    for name, value in written.state_dict().items():
+        torch.testing.assert_close(seen[1].state_dict()[name], value)
+    rows = "\n".join(json.dumps({"text": "the film was <b>", "label": i % 2}) for i in range(4))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    line = ["merge", "--models", *names, "--method", "average", "--heads", heads, "--output-dir", tmp_path / "best"]
+    result = invoke(*line, "--tokenizer", "union", "--sweep", 1, "--data", f"b={tmp_path / 'rows.jsonl'}")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "best" / "sweep.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,7 +64,7 @@ def merge(
         bool, typer.Option("--into-base", help="Fold merged adapters into their base model.")
     ] = False,
     dtype: Annotated[str | None, typer.Option(help=f"Of the merged weights: {', '.join(_DTYPES)}.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file: bytes, or like 5GB.")] = "5GB",
     density: Annotated[float, typer.Option(help="Share of each difference that ties and dare keep.")] = 0.2,
     base_hessian: Annotated[
         float | None,
@@ -95,12 +96,15 @@ def merge(
     rule: dict[str, Any] = {"base_model": base_model, "method": method, "heads": heads, "density": density}
     rule["base_hessian"] = base_hessian
     try:
-        chosen = _numbers(weights)
+        chosen, largest = _numbers(weights), _bytes(max_shard_size)
         points = None
         if not dry_run:
             check_directory("output_dir", output_dir)
         if sweep is not None and not dry_run:
-            points = _sweep(models, output_dir, rule, seed, sweep, scale, data or [], text_columns or [], max_length)
+            if adapters is not None or into_base:
+                raise ValueError("`adapters` and `into_base` must be left out in a sweep, which is of whole models.")
+            settings = {**rule, "tokenizer": tokenizer, "seed": seed}
+            points = _sweep(models, output_dir, settings, sweep, scale, data or [], text_columns or [], max_length)
             chosen = max(points, key=lambda point: point["score"])["weights"]
         report = run(
             models,
@@ -111,7 +115,7 @@ def merge(
             adapters=adapters,
             into_base=into_base,
             dtype=None if dtype is None else getattr(torch, dtype),
-            max_shard_size=max_shard_size,
+            max_shard_size=largest,
             seed=seed,
             dry_run=dry_run,
         )
@@ -132,11 +136,18 @@ def _numbers(weights: Sequence[str] | None) -> list[float] | Any:
         raise ValueError(f"`weights` must be numbers or 'examples', got {' '.join(weights)}.") from None
 
 
+def _bytes(size: str) -> int | str:
+    if not re.fullmatch(r"\d+(\.\d+)?[TGMK]B|\d+", size, re.IGNORECASE) or not float(size.rstrip("TGMKBtgmkb")):
+        raise ValueError(
+            f"`max_shard_size` must be a number of bytes, or one with KB, MB, GB or TB, more than 0, got {size!r}."
+        )
+    return int(size) if size.isdecimal() else size
+
+
 def _sweep(
     models: list[str],
     output_dir: Path,
-    rule: dict[str, Any],
-    seed: int,
+    settings: dict[str, Any],
     steps: int,
     scale: float,
     data: Sequence[str],
@@ -148,13 +159,18 @@ def _sweep(
 
     from hf_ivon.data import evaluate, load_batches, load_checkpoint
     from hf_ivon.merge.plan import make_plan
-    from hf_ivon.merge.sweep import main_metric, sweep
+    from hf_ivon.merge.sweep import check_plan, main_metric, sweep
+    from hf_ivon.merge.vocabulary import united_tokenizer
 
     files = dict(item.partition("=")[::2] for item in data)
     if not files or not all(files.values()):
         raise ValueError(f"`data` must be given for a sweep as NAME=FILE, got {' '.join(data) or 'none'}.")
-    plan = make_plan(models, output_dir=output_dir, seed=seed, **rule)
+    plan = make_plan(models, output_dir=output_dir, **settings)
+    check_plan(plan)
     model, tokenizer = load_checkpoint(plan.models[0].directory)
+    if plan.added_tokens is not None:
+        pad, tokenizer = tokenizer.pad_token, united_tokenizer(plan.models)
+        tokenizer.pad_token = pad
     columns = {"text_columns": text_columns, "max_length": max_length}
     batches = {name: load_batches(file, model, tokenizer, **columns) for name, file in files.items()}
     points = sweep(plan, {name: partial(evaluate, batches=b) for name, b in batches.items()}, steps=steps, scale=scale)

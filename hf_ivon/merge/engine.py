@@ -111,9 +111,12 @@ def merge(
         The report, which also stands in `merge_report.json`.
 
     Raises:
+        TypeError: If `models` is one model, and no list.
         ValueError: If something is wrong with the models or the settings; all problems are named, nothing is written.
         OSError: If it cannot be written; a merge that is whole is kept where the message says.
     """
+    if isinstance(models, str | os.PathLike):
+        raise TypeError(f"`models` must be a list of directories or repositories, got {models!r}. Put it into a list.")
     target = Path(os.path.realpath(output_dir))
     plan = make_plan(
         [str(m) for m in models],

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_ivon.merge.files import Checkpoint
 from hf_ivon.merge.plan import Plan
+from hf_ivon.merge.vocabulary import united_settings
 from hf_ivon.tensor_files import TensorFiles
 
 HEADS = "heads"
@@ -65,23 +66,26 @@ def build_model(plan: Plan, state: Mapping[str, Tensor], head: str) -> Any:
     """
     source = next(iter(plan.kept.values())) if plan.kept else plan.models[0]
     if not plan.separate:
-        return _build(source.directory, state)
+        return _build(source.directory, state, source)
     by_name = {m.short_name: m for m in plan.models}
     if head not in by_name:
         raise ValueError(
             f"With separate heads, data must be named after a model ({', '.join(by_name)}), got {head!r}."
         )
-    return _build(by_name[head].directory, {**state, **_own(plan, by_name[head])})
+    return _build(by_name[head].directory, {**state, **_own(plan, by_name[head])}, by_name[head])
 
 
 def _own(plan: Plan, model: Checkpoint) -> dict[str, Tensor]:
     return {name: model.tensors[name] for name in plan.dropped if name in model.tensors}
 
 
-def _build(directory: Path, state: Mapping[str, Tensor]) -> Any:
+def _build(directory: Path, state: Mapping[str, Tensor], model: Checkpoint | None = None) -> Any:
     import transformers
 
     from hf_ivon.data import model_class
 
     config = transformers.AutoConfig.from_pretrained(directory)
+    if model is not None:
+        for part in (config.get_text_config(), config):
+            part.update(united_settings(part.to_dict(), model))
     return model_class(config).from_pretrained(None, config=config, state_dict=dict(state)).eval()

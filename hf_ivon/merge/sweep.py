@@ -37,11 +37,12 @@ def sweep(
         somewhere.
 
     Raises:
-        ValueError: If `steps` or `scale` is not positive, a posterior does not belong to its mean, or a name is none
-            of the heads.
+        ValueError: If `steps` or `scale` is not positive, the plan cannot be swept, a posterior does not belong to its
+            mean, or a name is none of the heads.
     """
     if steps < 1 or not 0 < scale < math.inf:
         raise ValueError(f"`steps` and `scale` must be positive, got {steps} and {scale}. 4 and 1 are usual.")
+    check_plan(plan)
     check_pairs(plan)
     plan = limit_prior(plan)  # which no weights change
     points: list[dict[str, Any]] = []
@@ -56,6 +57,28 @@ def sweep(
         del point["scores"]
         point["pareto"] = is_best
     return points
+
+
+def check_plan(plan: Plan) -> None:
+    """Make sure that the merges of a plan can be evaluated.
+
+    Args:
+        plan: What to merge.
+
+    Raises:
+        ValueError: If they are no whole models.
+    """
+    if any(m.is_adapter for m in plan.models):
+        raise ValueError(
+            "Adapters cannot be merged in a sweep, which evaluates whole models. Fold each into its base model first "
+            "(--into-base with one model), or give the weights."
+        )
+    if plan.dropped and not plan.separate and not plan.kept:
+        listed = ", ".join(plan.dropped[:3])
+        raise ValueError(
+            f"`heads` must not be 'drop' in a sweep, whose models would have new weights at random for {listed}. "
+            f"Choose separate or keep:MODEL."
+        )
 
 
 def grid(num: int, steps: int) -> Iterator[list[float]]:

@@ -318,11 +318,6 @@ def _unite_posterior(model: Checkpoint, places: Tensor, dims: Mapping[str, int])
     model.posterior = UnitedFiles(posterior, places, {n: dim for n, dim in dims.items() if n in posterior}, prior)
 
 
-def number_of_rows(models: Sequence[Checkpoint]) -> int | None:
-    """Return the number of rows for tokens that united models have; None if they were not united."""
-    return next((len(m.tensors.places) for m in models if isinstance(m.tensors, UnitedFiles)), None)
-
-
 def united_tokenizer(models: Sequence[Checkpoint]) -> Any:
     """Return the first model's tokenizer, of Transformers, with the tokens that others have.
 
@@ -350,18 +345,32 @@ def write_tokenizer(source: Checkpoint, models: Sequence[Checkpoint], directory:
         _renumber(directory / "heads" / model.short_name / "config.json", model)
 
 
+def united_settings(config: Mapping[str, Any], model: Checkpoint) -> dict[str, Any]:
+    """Return what changes in a model's configuration by united tokens: its size, and the numbers of special tokens.
+
+    Args:
+        config: The configuration, or that of the text in it.
+        model: Whose it is.
+
+    Returns:
+        Settings by name; empty if no tokens were united.
+    """
+    if not isinstance(model.tensors, UnitedFiles):
+        return {}
+    places = model.tensors.places.tolist()
+    changed: dict[str, Any] = {"vocab_size": len(places)} if "vocab_size" in config else {}
+    for name, value in config.items():
+        if name.endswith("_token_id"):
+            new = [places.index(v) if v in places else v for v in (value if isinstance(value, list) else [value])]
+            changed[name] = new if isinstance(value, list) else new[0]
+    return changed
+
+
 def _renumber(path: Path, model: Checkpoint) -> None:
     """Change a model's configuration to the united tokens: the size of the vocabulary, special ones."""
     if not path.is_file():
         return
-    assert isinstance(model.tensors, UnitedFiles)  # `unite` was there
-    places = model.tensors.places.tolist()
     config = json.loads(path.read_text(encoding="utf-8"))
     for part in _parts(config):
-        if "vocab_size" in part:
-            part["vocab_size"] = len(places)
-        for name, value in part.items():
-            if name.endswith("_token_id"):
-                new = [places.index(v) if v in places else v for v in (value if isinstance(value, list) else [value])]
-                part[name] = new if isinstance(value, list) else new[0]
+        part.update(united_settings(part, model))
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
