@@ -34,19 +34,20 @@ class GradientCapture:
 
     Args:
         sampler: Has put the weight samples into the parameters.
-        squared: Keep the squared gradient of the window (`hess_approx="gradsq"`) instead of gradient times noise.
+        squared: Initial value of the attribute.
 
     Attributes:
         contexts: Training contexts of this window that ended with gradients.
         entered: Training contexts of this window that were entered; numbers the draws.
         averaged: True if contexts are averaged, False if summed, None while there is only one.
         captured: Parameters that hold a gradient of this window.
+        squared: Keep the squared gradient of the window, not gradient times noise; to be changed before its start.
     """
 
     def __init__(self, sampler: WeightSampler, *, squared: bool) -> None:
         self._sampler = sampler
         self._means = sampler.means
-        self._squared = squared
+        self.squared = squared
         self._late = True
         self._context: Context | None = None
         self._buffers: dict[Tensor, Tensor] = {}
@@ -62,7 +63,7 @@ class GradientCapture:
 
     def clear(self) -> None:
         """Forget the window; its buffers go back to the sampler."""
-        if not self._squared:
+        if not self.squared:
             self._sampler.give_back(self._buffers)
         self._buffers.clear()
         self.contexts = 0
@@ -169,7 +170,7 @@ class GradientCapture:
         if self.contexts:
             self._settle(context)
         with torch.no_grad():
-            if self._squared:
+            if self.squared:
                 self._square(context)
             if self.averaged:
                 self._average(context)
@@ -238,7 +239,7 @@ class GradientCapture:
         Args:
             params: All trainable parameters, in the same order everywhere; one without gradient here counts as zero.
         """
-        if distributed.world_size() == 1 or self._squared:  # squares are of reduced gradients
+        if distributed.world_size() == 1 or self.squared:  # squares are of reduced gradients
             return
         params = list(params)
         whole = [p for p in params if not distributed.is_sharded(p)]  # sharded gradients come reduced
@@ -284,7 +285,7 @@ class GradientCapture:
             self._check_first(context, p)
         if self._may_wait(context, p):
             context.late[p] = (0, 0)
-        elif not self._squared:
+        elif not self.squared:
             self._add_noise_grad(context, p, grad)
         return None if context.weight == 1.0 else grad * context.weight
 
@@ -303,7 +304,7 @@ class GradientCapture:
     def _may_wait(self, context: Context, p: Tensor) -> bool:
         """Tell whether `p.grad` will be this context's own gradient, so that the product can be taken at its end."""
         alone = self.contexts == 0 and p not in context.before and distributed.world_size() == 1
-        return self._late and alone and not self._squared and p not in self._sampler.written
+        return self._late and alone and not self.squared and p not in self._sampler.written
 
     def _on_reduced(self, context: Context, p: Tensor, of_group: Tensor | None) -> None:
         """Take in a sharded gradient, which is seen only after its reduction, and in the last micro-batch only.
@@ -321,7 +322,7 @@ class GradientCapture:
             context.cleared.add(p.grad is not context.before[p][0])
         elif p.grad is not None and context.stale.get(p) is p.grad:
             raise RuntimeError(windows.STALE)
-        if self._squared or p.grad is None:
+        if self.squared or p.grad is None:
             return
         if of_group is None:
             self._started.discard(p)

@@ -20,7 +20,7 @@ from hf_ivon import functional, windows
 from hf_ivon.capture import GradientCapture
 from hf_ivon.execution import Execution
 from hf_ivon.interrupts import interrupts_deferred
-from hf_ivon.options import SQUARED, check_common_options, check_options, ess_of, group_of
+from hf_ivon.options import check_common_options, check_options, ess_of, group_of, is_squared, plain_numbers
 from hf_ivon.roster import Roster
 from hf_ivon.sampling import Draw, Noise, WeightSampler, prediction_noise, training_noise
 from hf_ivon.state import complete_state, match_saved_state, own_storage, restore_precision, set_prior_means
@@ -122,6 +122,7 @@ class IVON(torch.optim.Optimizer):
             "fused": fused,
             "window": 0,  # closed windows; with the seed, the whole random state
         }
+        defaults = plain_numbers(defaults)
         check_options(defaults)
         super().__init__(params, defaults)
         self._start()
@@ -130,16 +131,17 @@ class IVON(torch.optim.Optimizer):
 
     def _start(self) -> None:
         """Make what a checkpoint does not hold: sampler and capture, with their buffers."""
-        squared = any(group["hess_approx"] in SQUARED for group in self.param_groups)
         self._execution = Execution(self.defaults["foreach"], self.defaults["fused"])
         self._roster = Roster(packs=self._execution.packs)
         self._sampler = WeightSampler(self._execution)
-        self._capture = GradientCapture(self._sampler, squared=squared)
+        self._capture = GradientCapture(self._sampler, squared=is_squared(self.param_groups))
         self._inside = False
         self._eval_draws = 0
         self._warned_dropped = False
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._inside:
+            raise RuntimeError(windows.SAVED_INSIDE)
         kept = super().__getstate__()
         return {**kept, "state": defaultdict(dict, {p: own_storage(state) for p, state in self.state.items()})}
 
@@ -162,6 +164,7 @@ class IVON(torch.optim.Optimizer):
         if not isinstance(param_group.get("prior_mean", "zero"), str):
             given = list(param_group["prior_mean"])
             param_group = {**param_group, "prior_mean": "given"}
+        param_group.update(plain_numbers(param_group))
         options = {**self.defaults, **param_group}
         check_options(options)
         if options["prior_mean"] == "given" and given is None and hasattr(self, "_capture"):
@@ -330,7 +333,8 @@ class IVON(torch.optim.Optimizer):
         """Return all that a bit-exact continuation needs, beside the parameters themselves.
 
         Raises:
-            RuntimeError: If called inside `sampled_params`: the parameters to save with it would be a sample.
+            RuntimeError: If called inside `sampled_params`: the parameters to save with it would be a sample. Copies
+                and pickles of the optimizer are refused there too.
         """
         if self._inside:
             raise RuntimeError(windows.SAVED_INSIDE)
@@ -339,6 +343,8 @@ class IVON(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; tensors keep full precision, whatever the parameters' dtype.
+
+        As with every torch optimizer the options become those of the state, `hess_approx` among them.
 
         Args:
             state_dict: A state of this class, for parameters of the same number, order and shapes.
@@ -353,6 +359,7 @@ class IVON(torch.optim.Optimizer):
         super().load_state_dict(dict(state_dict))
         restore_precision(self.state, saved)
         self._capture.clear()
+        self._capture.squared = is_squared(self.param_groups)
         self._sampler.written.clear()
         self._eval_draws = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,8 +83,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
 }
 
 
-# Estimators that are of squared gradients, not of gradients times noise.
-SQUARED = ("fisher", "gradsq")
+def is_squared(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether the groups' estimator is of squared gradients, not of gradients times noise."""
+    return any(group["hess_approx"] in ("fisher", "gradsq") for group in groups)
 
 
 def ess_of(group: Mapping[str, Any], train: bool) -> float:
@@ -105,6 +107,17 @@ def group_of(p: Tensor, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if any(q is p for q in group["params"]):
             return group
     raise ValueError(f"The parameter must belong to this optimizer, got one of shape {tuple(p.shape)} that does not.")
+
+
+def plain_numbers(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with numbers of other libraries, as numpy's, as Python's: files of pure data hold only these."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            return value
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+    return {name: plain(value) for name, value in options.items()}
 
 
 def check_options(options: Mapping[str, Any]) -> None:

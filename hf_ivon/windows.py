@@ -38,8 +38,8 @@ DROPPED = (
     "skipped step; to average several samples, call it inside each context."
 )
 SAVED_INSIDE = (
-    "`state_dict()` must not be called inside `sampled_params`: the parameters are a sample there, not the mean. Save "
-    "outside of the `with` block."
+    "An IVON optimizer must not be saved, copied or pickled inside `sampled_params`: the parameters are a sample "
+    "there, not the mean. Do it outside of the `with` block."
 )
 CLOSURE = (
     "The closure must call `optimizer.zero_grad()` before its backward pass when `mc_samples` is above 1, so that its "

@@ -1,5 +1,8 @@
 """Whose memory the weights are in: inference mode, casts and moves inside a sample, shared memory, copies."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -199,3 +202,14 @@ def test_mean_survives_memory_shared_in_the_middle_of_training():
     with optimizer.sampled_params():
         pass
     assert torch.equal(a, before)
+
+
+@SIZES
+@pytest.mark.parametrize("copies", [copy.deepcopy, copy.copy, pickle.dumps], ids=["deepcopy", "copy", "pickle"])
+def test_copies_inside_a_sample_are_refused(rows, copies):
+    """A copy of model and optimizer would hold the sample, and never get the mean back."""
+    model, optimizer = make(rows)
+    train(model, optimizer)
+    with optimizer.sampled_params(), pytest.raises(RuntimeError, match="copied or pickled inside `sampled_params`"):
+        copies((model, optimizer) if copies is not copy.copy else optimizer)
+    copies((model, optimizer))
