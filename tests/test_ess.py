@@ -135,6 +135,18 @@ def test_columns_that_the_model_does_not_take(tmp_path):
     assert resolved(trainer(tmp_path, tiny.gpt2(), Dataset.from_list(rows))) == 5 * (tiny.LENGTH - 1)
 
 
+def test_a_collator_may_change_its_examples(tmp_path):
+    """The examples in memory would lose what the collator takes out of them, and training fail in the first batch."""
+
+    def popping(examples):
+        labels = torch.tensor([row.pop("labels") for row in examples])
+        return {"input_ids": torch.stack([row["input_ids"] for row in examples]), "labels": labels}
+
+    data = tiny.sentences(12)
+    assert resolved(trainer(tmp_path, tiny.bert(), data, data_collator=popping, remove_unused_columns=False)) == 12
+    assert all("labels" in row for row in data)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield from tiny.text(8)

@@ -30,7 +30,7 @@ class Drawn(IVONTrainer):
 
     def compute_loss(self, model, *args, **kwargs):
         loss = super().compute_loss(model, *args, **kwargs)
-        if model.training:
+        if model.training and (self.ivon is None or self.ivon.is_sampled):
             theta = torch.cat([p.detach().flatten().float() for p in model.parameters() if p.requires_grad])
             self.__dict__.setdefault("drawn", []).append((self.state.global_step, theta))
         return loss

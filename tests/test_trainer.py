@@ -28,7 +28,7 @@ class Recorder(IVONTrainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if model.training:
+        if self.ivon.is_sampled:
             first = loss[0] if isinstance(loss, tuple) else loss
             self.draws.append((copies(self.model), inputs, first.item()))
         return loss

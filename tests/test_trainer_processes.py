@@ -81,6 +81,54 @@ def train(directory, num=2, check=True, environment=None, **settings):
     return done
 
 
+HEAD = """
+import gc, json, sys
+import torch
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from tests import tiny
+
+
+class Watch(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        norm = sum(float(p.grad.square().sum()) for p in trainer.model.parameters()) ** 0.5
+        found.append((norm, trainer.ivon.param_groups[0]["batch_size"]))
+
+
+(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+found = []
+model = tiny.bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+trainer = Trainer(model=model, args=args, train_dataset=tiny.sentences(20), callbacks=[Watch()])
+trainer.train()
+if args.process_index == 0:
+    json.dump(found, open("found.json", "w"))
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    del trainer, model
+    gc.collect()
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_processes_average_the_loss_of_heads_that_ignore_the_count(tmp_path, accumulation):
+    """The Trainer multiplies their loss by the number of processes, believing that it is a share of a sum.
+
+    Two processes must have the gradients and the batch size of one with twice the batch.
+    """
+    found = []
+    for num in (1, 2):
+        (tmp_path / str(num)).mkdir()
+        (tmp_path / str(num) / "script.py").write_text(HEAD)
+        settings = {"optim_args": "ess=1e14,hess_approx=fisher,clip_radius=1e-12", "max_grad_norm": 0, "max_steps": 2}
+        settings |= {"per_device_train_batch_size": 8 // num // accumulation, "save_strategy": "no"}
+        settings |= {"gradient_accumulation_steps": accumulation}
+        done = processes.launch(tmp_path / str(num), num, "run", "script.py", *flags({**SETTINGS, **settings}))
+        assert done.returncode == 0, done.stderr[-4000:]
+        found += json.loads((tmp_path / str(num) / "found.json").read_text())
+    assert [size for _, size in found] == [8.0] * 4
+    assert [norm for norm, _ in found[:2]] == pytest.approx([norm for norm, _ in found[2:]], rel=1e-2)
+
+
 def same(first, second):
     a, b = load_file(first), load_file(second)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from collections.abc import Generator, Iterator, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer_pt_utils import find_batch_size
 
 from hf_ivon import distributed
 from hf_ivon.mean import unwrap
@@ -36,11 +38,13 @@ class TrainingSize:
         num_tokens: Number of label tokens, for a loss that averages over tokens; None for one that averages over
             examples.
         estimated: Whether `num_tokens` was extrapolated from a part of the examples.
+        rows: Rows that the data collator makes of an example: 2 of a pair; 0 if they are not a whole number.
     """
 
     num_examples: int
     num_tokens: int | None
     estimated: bool
+    rows: int = 1
 
     @property
     def ess(self) -> int:
@@ -74,12 +78,13 @@ def training_size(trainer: Trainer) -> TrainingSize | None:
     picked = min(num_examples, _MAX_EXAMPLES)
     indices = [i * num_examples // picked for i in range(picked)]
     counts: list[int] = []
-    with _untouched_randomness():
-        for labels in _label_batches(trainer, dataset, indices):
+    with untouched_randomness():
+        for examples, batch in _batches(trainer, dataset, indices):
+            labels = labels_of(trainer, batch)
             if labels is None or labels.dim() < 2 or labels.is_floating_point():
-                return TrainingSize(num_examples, None, False)
-            labels = labels[:, 1:] if _is_shifted(trainer) else labels
-            counts += (labels != -100).flatten(1).sum(1).tolist()
+                rows, rest = divmod(find_batch_size(batch if labels is None else labels) or 0, examples)
+                return TrainingSize(num_examples, None, False, 0 if rest else rows)
+            counts += num_label_tokens(trainer, labels).tolist()
     # Packed blocks all hold the same number of tokens: then nothing is extrapolated.
     exact = picked == num_examples or len(set(counts)) == 1
     return TrainingSize(num_examples, round(sum(counts) / picked * num_examples), not exact)
@@ -179,17 +184,30 @@ def resolve_batch_size(trainer: Trainer, size: TrainingSize | None, options: Map
             "--ivon_batch_size: the examples of an optimizer step, or the label tokens for a language model."
         )
     args = trainer.args
-    examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    # The Trainer's own, which `auto_find_batch_size` makes smaller.
+    examples = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
     return min(examples, size.num_examples) * size.ess / size.num_examples
 
 
-def _label_batches(trainer: Trainer, dataset: Any, indices: list[int]) -> Iterator[torch.Tensor | None]:
-    collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+def labels_of(trainer: Trainer, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return the labels in what the data collator made; None if there are none, or not one tensor."""
     names = trainer.label_names or ["labels"]
+    labels = next((batch[name] for name in names if name in batch), None)
+    return labels if isinstance(labels, torch.Tensor) else None
+
+
+def num_label_tokens(trainer: Trainer, labels: torch.Tensor) -> torch.Tensor:
+    """Return the number of labels in each row, (rows, tokens), that a loss over tokens averages over: (rows,)."""
+    labels = labels[:, 1:] if _is_shifted(trainer) else labels
+    return (labels != -100).flatten(1).sum(1)
+
+
+def _batches(trainer: Trainer, dataset: Any, indices: list[int]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield numbers of examples and what the data collator makes of them, which may change what it is given."""
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
     for start in range(0, len(indices), _BATCH):
-        batch = collate([dataset[i] for i in indices[start : start + _BATCH]])
-        labels = next((batch[name] for name in names if name in batch), None)
-        yield labels if isinstance(labels, torch.Tensor) else None
+        rows = [dataset[i] for i in indices[start : start + _BATCH]]
+        yield len(rows), collate([copy.copy(row) if isinstance(row, dict) else row for row in rows])
 
 
 def _is_shifted(trainer: Trainer) -> bool:
@@ -203,10 +221,12 @@ def _is_shifted(trainer: Trainer) -> bool:
 
 
 @contextmanager
-def _untouched_randomness() -> Generator[None, None, None]:
+def untouched_randomness(device: torch.device | None = None) -> Generator[None, None, None]:
+    """Put the random number generators back: Python's, NumPy's, torch's on the CPU and on a device."""
     python, numpy = random.getstate(), np.random.get_state()
+    on_device = device is not None and device.type not in ("cpu", "mps")
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng([device] if on_device else [], device_type=device.type if on_device else "cuda"):
             yield
     finally:
         random.setstate(python)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -27,6 +28,7 @@ from hf_ivon.training.accelerate import grad_scale, unwrap_ivon
 from hf_ivon.training.arguments import IVONTrainingArguments, check_supported, preset_of
 from hf_ivon.training.ess import TrainingSize, precision_of_sigma, resolve_batch_size, resolve_ess, training_size
 from hf_ivon.training.evaluation import EvaluationMixin
+from hf_ivon.training.loss import StepSize, check_loss_scale
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class IVONTrainerMixin(EvaluationMixin):
     """
 
     _size: TrainingSize | None = None
+    _step_size: StepSize | None = None
     _restored: tuple[int, Posterior] | None = None
     _loss_checked = False
     _reported: tuple[Any, ...] = ()  # pushes that failed
@@ -94,6 +97,10 @@ class IVONTrainerMixin(EvaluationMixin):
         if self.ivon is not None:
             check_supported(self.args)
             self._size = self._size or training_size(self)
+            if self._step_size is not None:  # again, maybe with smaller batches: `auto_find_batch_size`
+                size = resolve_batch_size(self, self._size, IVONTrainingArguments.ivon_options(self.args))
+                for group in self.ivon.param_groups:
+                    group["batch_size"] = size
         elif not isinstance(self.args, IVONTrainingArguments):
             logger.warning(
                 "%s trains with %r and without a posterior, because `args` is a %s. Pass IVONTrainingArguments to "
@@ -124,7 +131,9 @@ class IVONTrainerMixin(EvaluationMixin):
             )
         self._size = training_size(self)
         options["ess"] = resolve_ess(self, self._size, options)
+        by_step = options["batch_size"] == "auto" and options["hess_approx"] == "fisher"
         options["batch_size"] = resolve_batch_size(self, self._size, options)
+        self._step_size = StepSize(self._size) if by_step else None
         options["weight_decay"] = self.args.weight_decay
         if options["relative_sigma"]:
             options |= precision_of_sigma(model, options)
@@ -142,7 +151,7 @@ class IVONTrainerMixin(EvaluationMixin):
         """Run the base class's step, forward and backward, at `mc_samples` weight samples.
 
         Relies on the base class scaling the loss of each micro-batch so that gradients add up, which is made sure of
-        first (`_check_loss_scale`).
+        first (`check_loss_scale`).
 
         Args:
             model: The model.
@@ -155,40 +164,17 @@ class IVONTrainerMixin(EvaluationMixin):
         ivon = self.ivon
         if ivon is None or ivon.is_sampled:
             return super().training_step(model, inputs, num_items_in_batch)
-        self._check_loss_scale(model, inputs, num_items_in_batch)
+        self._loss_checked = self._loss_checked or check_loss_scale(self, model, inputs, num_items_in_batch)
+        items = None if self._step_size is None else self._step_size.items(self, inputs)
         samples = ivon.param_groups[0]["mc_samples"]
         losses = []
-        for _ in range(samples):
+        for left in reversed(range(samples)):
+            batch = copy.copy(inputs) if left else inputs  # a step may change its inputs
             with ivon.sampled_params(train=True, weight=1.0 / samples, grad_scale=grad_scale(self.accelerator)):
-                losses.append(super().training_step(model, inputs, num_items_in_batch))
+                losses.append(super().training_step(model, batch, num_items_in_batch))
+        if self._step_size is not None:
+            self._step_size.add(self, items, num_items_in_batch)
         return losses[0] if samples == 1 else torch.stack(losses).mean()
-
-    @torch.no_grad()
-    def _check_loss_scale(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor | int | None
-    ) -> None:
-        """Find out once whether the loss obeys `num_items_in_batch`; if not, let the base class divide it.
-
-        The base class believes so of every model that takes keyword arguments, but many heads drop them, and their
-        accumulated loss is then too large by the number of micro-batches (huggingface/transformers#47688). AdamW
-        forgives a constant factor on the gradient; a Hessian does not.
-        """
-        decided = getattr(self, "loss_is_scaled_for_ga", None) is not None or self.compute_loss_func is not None
-        believed = self.model_accepts_loss_kwargs and not decided
-        if self._loss_checked or not believed or num_items is None or self.args.gradient_accumulation_steps == 1:
-            return
-        model.eval()  # the base class turns training mode on again
-        with self.compute_loss_context_manager():
-            once, twice = (
-                self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items * factor)
-                for factor in (1, 2)
-            )
-        if not (once.abs() > 0).all():  # no label in this batch: ask the next one
-            return
-        self._loss_checked = True
-        if torch.equal(once, twice):
-            self.model_accepts_loss_kwargs = False
-            logger.info("%s ignores `num_items_in_batch`; losses of micro-batches are averaged.", type(model).__name__)
 
     def posterior(self) -> Posterior:
         """Return the posterior at this moment.
