@@ -116,7 +116,7 @@ class IVONTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Weights under the prior: 'all' (default), or 'decay', without biases and normalization weights, "
-            "whose prior is then flat."
+            "whose prior is then flat; not with 'fisher'."
         },
     )
     ivon_eval_ess_scale: float | None = field(
@@ -272,6 +272,12 @@ class IVONTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`{names.get('prior_on', 'prior_on')}` must be one of {', '.join(_PRIOR_ON)}, got "
                 f"{options['prior_on']!r}. 'all' is usual."
+            )
+        if options["prior_on"] == "decay" and options["hess_approx"] == "fisher":
+            raise ValueError(
+                f"`{names.get('prior_on', 'prior_on')}` must be 'all' with hess_approx='fisher' (presets finetuning "
+                f"and averaging), got 'decay'. That estimator forgets hess_init, and nothing would bound the noise of "
+                f"weights without a prior; for a flat prior, set hess_approx='price'."
             )
         if options["prior_mean"] == "given":
             raise ValueError("`ivon_prior_mean` must be 'zero' or 'init', got 'given'. Tensors go to `IVON` in code.")
