@@ -173,6 +173,24 @@ def test_the_usual_weight_decay_of_zero_is_no_prior(tmp_path, auto, caplog):
     assert "set to 1e-05" in caplog.text
 
 
+@pytest.mark.parametrize(("prior_on", "flat"), [("all", 0.01), ("decay", 0.0)])
+def test_groups_of_the_scripts_own_keep_their_prior(tmp_path, auto, prior_on, flat):
+    """Priors that the script chose would be overwritten; groups without one would get none, or the optimizer's."""
+
+    class Own(Trainer):
+        def create_optimizer(self, model=None):
+            cls, options = Trainer.get_optimizer_cls_and_kwargs(self.args, self.model)
+            first, second, third, *rest = self.model.parameters()
+            groups = [{"params": [first], "weight_decay": 0.3}, {"params": [second], "weight_decay": 1e-4}]
+            self.optimizer = cls([*groups, {"params": [third], "weight_decay": 0.0}, {"params": rest}], **options)
+            return self.optimizer
+
+    args = arguments(tmp_path, weight_decay=0.01, optim_args=f"ess=1e4,prior_on={prior_on}")
+    trainer = Own(model=tiny.bert(), args=args, train_dataset=tiny.sentences())
+    trainer.train()
+    assert [group["weight_decay"] for group in trainer.ivon.param_groups] == [0.3, 1e-4, flat, 0.01]
+
+
 def test_presets_reach_a_script_that_nobody_edits(tmp_path, auto, caplog):
     """The preset would be refused by stock arguments, or the prior that it sets be another than is said."""
     options = {"optim_args": "preset=finetuning", "learning_rate": 0.1, "weight_decay": 0.0}

@@ -153,3 +153,14 @@ def test_a_shorter_posterior_replaces_an_earlier_one(tmp_path):
     load_posterior(tmp_path / "target")
     _replace_posterior(tmp_path / "single", tmp_path / "target")
     assert {f.name for f in (tmp_path / "target").iterdir()} == {"posterior.safetensors", "posterior_config.json"}
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_adapters_that_save_something_else_are_refused_before_training(tmp_path, kind):
+    """Their files hold what a network makes of the trained weights; that would show at the end, at the first save."""
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(tiny.gpt2(), config)
+    trainer = IVONTrainer(model=model, args=tiny.arguments(tmp_path), train_dataset=tiny.text())
+    with pytest.raises(ValueError, match=rf"got PeftModelForCausalLM with {kind}, which saves .* such as LoRA"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import os
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 _CARD_SETTINGS = ("clip_radius", "mc_samples")
 # Largest movement of a weight in one step below which training all but stands still; AdamW's is its learning rate.
 _SMALL_STEP = 1e-6
+# The prior precision, this very object, of a parameter group that was made without one.
+_UNSAID = inspect.signature(IVON).parameters["weight_decay"].default
 
 
 class IVONTrainerMixin(EvaluationMixin):
@@ -90,12 +93,15 @@ class IVONTrainerMixin(EvaluationMixin):
             names = {p: name for name, p in self.model.named_parameters()}
             for group in self.ivon.param_groups:
                 group["param_names"] = [names.get(p, f"parameter {i}") for i, p in enumerate(group["params"])]
-                if prior_on == "all":
+                # The base class's group without decay; or a group of an override, which says nothing of it.
+                flat, unsaid = group["weight_decay"] == 0.0, group["weight_decay"] is _UNSAID
+                if unsaid or (flat and prior_on == "all"):
                     group["weight_decay"] = weight_decay
             return self.optimizer
         super().create_optimizer(*given)
         if self.ivon is not None:
             check_supported(self.args)
+            _check_saved(self.model)
             self._size = self._size or training_size(self)
             if self._step_size is not None:  # again, maybe with smaller batches: `auto_find_batch_size`
                 size = resolve_batch_size(self, self._size, IVONTrainingArguments.ivon_options(self.args))
@@ -129,6 +135,7 @@ class IVONTrainerMixin(EvaluationMixin):
                 options["clip_radius"],
                 lr * options["clip_radius"],
             )
+        _check_saved(self.model)
         self._size = training_size(self)
         options["ess"] = resolve_ess(self, self._size, options)
         by_step = options["batch_size"] == "auto" and options["hess_approx"] == "fisher"
@@ -308,6 +315,21 @@ class IVONTrainerMixin(EvaluationMixin):
 
 class IVONTrainer(IVONTrainerMixin, Trainer):
     """Transformers' Trainer with IVON; takes `IVONTrainingArguments`."""
+
+
+def _check_saved(model: nn.Module) -> None:
+    """Refuse a model whose own file holds none of the trained weights, as the posterior could not stand beside it.
+
+    Raises:
+        ValueError: If that is so.
+    """
+    if not any(p.requires_grad for p in posterior_keys(model).values()):
+        kinds = {type(config).__name__ for config in getattr(model, "peft_config", {}).values()}
+        raise ValueError(
+            f"The model must be saved with the weights that are trained, got {type(model).__name__} with "
+            f"{', '.join(sorted(kinds)) or 'none of them'}, which saves what it makes of them. Use an adapter such as "
+            f"LoRA in place of prompt or prefix tuning, or choose another `optim`."
+        )
 
 
 @contextmanager
