@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_ivon import IVONTrainer
+from hf_ivon import IVONTrainer, load_posterior
 from tests import tiny
 
 
@@ -143,3 +143,25 @@ def test_what_cannot_be_averaged_is_named(tmp_path, caplog):
     model.config.output_hidden_states = True
     with pytest.raises(ValueError, match="predictions are not logits alone, got 2 outputs"):
         trained(tmp_path, model, tiny.sentences())[0].evaluate()
+
+
+@pytest.mark.parametrize("flag", ["bf16_full_eval", "fp16_full_eval"])
+def test_evaluation_in_half_precision_keeps_the_mean(tmp_path, flag):
+    """The base class casts the model when evaluation begins; the model would keep a random sample, and save it."""
+    kept = []
+    for samples in (0, 3):
+        trainer, _ = trained(
+            tmp_path / str(samples), tiny.bert(), tiny.sentences(), **{flag: True}, ivon_eval_num_samples=samples
+        )
+        mean = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        trainer.evaluate()
+        for name, p in trainer.model.named_parameters():
+            assert p.dtype == (torch.bfloat16 if flag.startswith("bf16") else torch.float16)
+            assert torch.equal(p, mean[name].to(p.dtype)), name
+        trainer.save_model()
+        kept.append({
+            n: p.detach() for n, p in type(trainer.model).from_pretrained(tmp_path / str(samples)).named_parameters()
+        })
+        load_posterior(tmp_path / str(samples), type(trainer.model).from_pretrained(tmp_path / str(samples)))
+    plain, averaged = kept
+    assert all(torch.equal(plain[name], averaged[name]) for name in plain)

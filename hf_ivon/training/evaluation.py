@@ -34,6 +34,7 @@ class EvaluationMixin:
     args: TrainingArguments
     model: nn.Module
     compute_metrics: Any
+    is_in_train: bool
     _in_pass = False
 
     @property
@@ -72,6 +73,8 @@ class EvaluationMixin:
         given = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if not samples or not self._passes_are_whole(dataloader):
             return super().evaluation_loop(*given)  # type: ignore[misc]
+        ivon = self._posterior()
+        self._cast_for_evaluation()
         compute, seen, outputs, average = self.compute_metrics, [], [], None
 
         def record(prediction: EvalPrediction) -> dict[str, float]:
@@ -82,7 +85,7 @@ class EvaluationMixin:
         try:
             for index in range(samples):
                 # A data loader draws a seed each time; training shall go on as after one.
-                with torch.random.fork_rng([], enabled=index > 0), self._posterior().sampled_params():
+                with torch.random.fork_rng([], enabled=index > 0), ivon.sampled_params():
                     output = super().evaluation_loop(*given)  # type: ignore[misc]
                 if output.predictions is not None:
                     logits = torch.as_tensor(output.predictions)
@@ -148,6 +151,12 @@ class EvaluationMixin:
 
     def _eval_samples(self) -> int:
         return getattr(self.args, "ivon_eval_num_samples", 0) if self.args.optim == "ivon" else 0
+
+    def _cast_for_evaluation(self) -> None:
+        """Cast the mean as the base class is about to do: cast inside a sample, the model would keep the sample."""
+        half = self.args.fp16_full_eval
+        if (half or self.args.bf16_full_eval) and not self.is_in_train:
+            self.model.to(dtype=torch.float16 if half else torch.bfloat16, device=self.args.device)
 
     def _posterior(self) -> IVON:
         if self.ivon is None:
