@@ -268,3 +268,38 @@ def test_the_launcher_leaves_the_scripts_arguments_alone(tmp_path):
     assert done.returncode == 2
     assert "does not exist" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+FAILURES = {
+    "raise EOFError('no more')": ("EOFError: no more", 1),
+    "raise BrokenPipeError(32, 'Broken pipe')": ("BrokenPipeError: [Errno 32] Broken pipe", 1),
+    "raise KeyboardInterrupt": ("KeyboardInterrupt", 130),
+    "import click; raise click.UsageError('inner')": ("UsageError: inner", 1),
+    "raise ValueError('boom')": ("ValueError: boom", 1),
+    "sys.exit('said')": ("said", 1),
+    "sys.exit(3)": ("", 3),
+}
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+@pytest.mark.parametrize("line", FAILURES)
+def test_a_script_fails_as_it_would_under_python(tmp_path, monkeypatch, capsys, auto, line, as_module):
+    """The command line's own handling of errors would hide where the script failed, or that it failed at all."""
+    from hf_ivon.cli.main import app
+
+    (tmp_path / "failing.py").write_text(f"import sys\n\n\ndef fail():\n    {line}\n\n\nfail()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["hf-ivon"])
+    with pytest.raises(SystemExit) as left:
+        app(args=["run", *(["-m", "failing"] if as_module else ["failing.py"])])
+    message, code = FAILURES[line]
+    printed = capsys.readouterr().err
+    if line.startswith("sys.exit"):  # which Python itself prints at the very end
+        assert (left.value.code, printed) == (message or code, "")
+        return
+    assert left.value.code == code
+    assert printed.strip().endswith(message)
+    assert printed.startswith("Traceback")
+    assert printed.count("File ") == 2, "the first frame must be the script's"
+    assert 'failing.py", line 5, in fail' in printed

@@ -6,6 +6,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -28,9 +29,21 @@ def run(
     if not module and not Path(target).is_file():
         raise typer.BadParameter(f"The script {target!r} does not exist. For a module, pass `-m` before its name.")
     sys.argv = [target, *arguments]
-    if module:
-        sys.path.insert(0, os.getcwd())
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
-    else:
-        sys.path.insert(0, str(Path(target).resolve().parent))
-        runpy.run_path(target, run_name="__main__")
+    sys.path.insert(0, os.getcwd() if module else str(Path(target).resolve().parent))
+    try:
+        if module:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(target, run_name="__main__")
+    except (Exception, KeyboardInterrupt) as error:  # the command line's own handler would hide some of them
+        error = error.with_traceback(_of_the_script(error.__traceback__))
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
+
+
+def _of_the_script(traceback: TracebackType | None) -> TracebackType | None:
+    """Leave out the frames before the script's first one; None if it did not get that far."""
+    first = traceback
+    while first is not None and first.tb_frame.f_globals.get("__name__") in (__name__, "runpy"):
+        first = first.tb_next
+    return first
