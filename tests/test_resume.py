@@ -109,3 +109,14 @@ def test_another_optimizers_checkpoint_is_refused(tmp_path):
     run(tmp_path, full(), optim="adamw_torch", max_steps=3)
     with pytest.raises(ValueError, match="Resume with the optimizer that wrote it"):
         run(tmp_path, full(), resume=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_checkpoint_without_state_is_told(tmp_path, caplog):
+    """The Hessian would start again, silently, although a posterior lies beside the weights."""
+    run(tmp_path, full(), save_only_model=True)
+    resumed = run(tmp_path, full(seed=9), resume=str(tmp_path / "checkpoint-3"))
+    assert "checkpoint-3' holds no state of the optimizer (`save_only_model`)" in caplog.text
+    assert {int(resumed.ivon.state[p]["step"]) for p in resumed.model.parameters()} == {STEPS - 3}
+    caplog.clear()
+    run(tmp_path, full(), resume=str(tmp_path / "checkpoint-6"), max_steps=7)
+    assert "holds no state" not in caplog.text

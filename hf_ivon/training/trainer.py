@@ -272,6 +272,18 @@ class IVONTrainerMixin(EvaluationMixin):
         except (ValueError, OSError) as err:
             logger.warning("The model card is written without the posterior: %s", err)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer's state as the base class does, which says nothing where there is none."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        ivon = self.ivon
+        if checkpoint is not None and ivon is not None and not any("hess" in s for s in ivon.state.values()):
+            logger.warning(
+                "%r holds no state of the optimizer (`save_only_model`), so that only the weights are resumed: the "
+                "Hessian starts again from `hess_init`, and the noise from its seed; the posterior there is not read. "
+                "To continue a run, save without `save_only_model`.",
+                checkpoint,
+            )
+
     def _load_best_model(self) -> None:
         """Restore the Hessian that belongs to the best mean; the base class loads the mean alone."""
         super()._load_best_model()
