@@ -147,6 +147,12 @@ def test_a_collator_may_change_its_examples(tmp_path):
     assert all("labels" in row for row in data)
 
 
+def test_examples_that_do_not_go_together_are_counted_one_by_one(tmp_path):
+    """Training in batches of one needs no padding; counting in larger ones would stop it before it begins."""
+    data = [{k: v[:n] for k, v in row.items()} for row, n in zip(tiny.text(6), (3, 4, 5, 6, 7, 8), strict=True)]
+    assert resolved(trainer(tmp_path, tiny.gpt2(), data, per_device_train_batch_size=1)) == 3 + 4 + 5 + 6 + 7 + 8 - 6
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         yield from tiny.text(8)

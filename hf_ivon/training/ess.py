@@ -205,8 +205,9 @@ def num_label_tokens(trainer: Trainer, labels: torch.Tensor) -> torch.Tensor:
 def _batches(trainer: Trainer, dataset: Any, indices: list[int]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yield numbers of examples and what the data collator makes of them, which may change what it is given."""
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
-    for start in range(0, len(indices), _BATCH):
-        rows = [dataset[i] for i in indices[start : start + _BATCH]]
+    size = min(_BATCH, trainer._train_batch_size)  # larger ones may not go together: unpadded examples go one by one
+    for start in range(0, len(indices), size):
+        rows = [dataset[i] for i in indices[start : start + size]]
         yield len(rows), collate([copy.copy(row) if isinstance(row, dict) else row for row in rows])
 
 
