@@ -165,3 +165,23 @@ def test_evaluation_in_half_precision_keeps_the_mean(tmp_path, flag):
         load_posterior(tmp_path / str(samples), type(trainer.model).from_pretrained(tmp_path / str(samples)))
     plain, averaged = kept
     assert all(torch.equal(plain[name], averaged[name]) for name in plain)
+
+
+def test_padding_stays_padding(tmp_path):
+    """Positions that the Trainer filled up with -100 would come back as predictions, equal for every class."""
+    model = tiny.tagger(3)
+    data = [{k: v[:n] for k, v in row.items()} for row, n in zip(tiny.text(6), (3, 3, 5, 5, 8, 8), strict=True)]
+    data = [{**row, "labels": row["labels"] % 3} for row in data]
+    found = []
+    for samples in (0, 3):
+        options = {"ivon_eval_num_samples": samples, "per_device_eval_batch_size": 2}
+        args = tiny.arguments(tmp_path, per_device_train_batch_size=1, **options)
+        trainer = IVONTrainer(model=model, args=args, train_dataset=data, eval_dataset=data)
+        trainer.create_optimizer()
+        found.append(torch.as_tensor(trainer.predict(data).predictions))
+    mean, averaged = found
+    assert mean.shape == averaged.shape == (6, 8, 3)
+    padded = mean == -100
+    assert padded.any()
+    assert torch.equal(padded, averaged == -100)
+    torch.testing.assert_close(averaged.softmax(-1), mean.softmax(-1), rtol=0.5, atol=0.1)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from hf_ivon.optim import IVON
 
+_PADDING = -100
+
 
 class EvaluationMixin:
     """`evaluate` and `predict` of a Trainer at `ivon_eval_num_samples` weight samples; at 0 nothing changes.
@@ -96,7 +98,7 @@ class EvaluationMixin:
             self.compute_metrics, self._in_pass = compute, False
         last = outputs[-1]
         metrics = {key: float(np.mean([output.metrics[key] for output in outputs])) for key in last.metrics}
-        predictions = average and average.logits().to(logits.dtype).numpy()
+        predictions = average and _padded_as(logits, average.logits().to(logits.dtype)).numpy()
         if seen:
             losses = None if seen[-1].losses is None else np.mean([one.losses for one in seen], axis=0)
             computed = compute(
@@ -171,6 +173,11 @@ class EvaluationMixin:
         kept = self.args.eval_do_concat_batches and not self.args.batch_eval_metrics
         kept = kept and getattr(self, "preprocess_logits_for_metrics", None) is None
         return kept and not isinstance(getattr(dataloader, "dataset", None), IterableDataset)
+
+
+def _padded_as(padded: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Put the base class's -100 back where it filled up shorter batches: averaged, it looks like a prediction."""
+    return logits.masked_fill((padded == _PADDING).all(dim=-1, keepdim=True), _PADDING)
 
 
 def _score_function(model: nn.Module, logits: Any) -> str:
