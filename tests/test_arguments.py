@@ -129,6 +129,8 @@ def test_optim_args_fill_the_same_options():
     expected = {"ess": 1e7, "hess_init": 1e-3, "mc_samples": 2, "debias": False, "prior_on": "decay", "seed": 7}
     assert {**expected, "beta1": 0.8, "clip_radius": float("inf")}.items() <= options.items()
     assert isinstance(options["mc_samples"], int)
+    assert make(optim_args="seed=12345678901234567").ivon_options()["seed"] == 12345678901234567
+    assert make(optim_args="mc_samples=1e1").ivon_options()["mc_samples"] == 10
 
 
 @pytest.mark.parametrize(

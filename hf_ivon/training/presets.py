@@ -100,6 +100,8 @@ def convert(key: str, value: Any) -> Any:
             return value.lower() in ("true", "1", "yes")
         raise ValueError(f"`{key}` must be true or false, got {value!r}. Correct it.")
     try:
+        if key in _INTEGERS and value.removeprefix("-").isdecimal():
+            return int(value)  # a float would round a large one
         number = float(value)
     except ValueError:
         raise ValueError(f"`{key}` must be a number, got {value!r}. Correct it.") from None
