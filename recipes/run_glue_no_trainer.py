@@ -55,6 +55,21 @@ class LoopArguments:
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A saved state to continue."})
 
 
+def check_arguments(args: LoopArguments) -> None:
+    """Refuse numbers that the loop cannot use.
+
+    Raises:
+        RecipeError: If one is out of range.
+    """
+    least = {"gradient_accumulation_steps": 1, "mc_samples": 1, "num_train_epochs": 1, "checkpointing_steps": 0}
+    least |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "warmup_steps": 0}
+    for name, smallest in least.items():
+        if getattr(args, name) < smallest:
+            raise common.RecipeError(
+                f"`{name}` must be at least {smallest}, got {getattr(args, name)}. Leave out --{name} for the default."
+            )
+
+
 def train(accelerator: Accelerator, args: LoopArguments, model: Any, optimizer: Any, loader: Any) -> int:
     """Train; return the number of optimizer steps."""
     per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
@@ -97,6 +112,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Finetune and evaluate; return what `results.json` holds."""
     glue, args = common.parse_args((run_glue.GlueArguments, LoopArguments), argv)
     run_glue.check_arguments(glue)
+    check_arguments(args)
     common.check_output_dir(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,

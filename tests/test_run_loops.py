@@ -61,6 +61,18 @@ def test_loop_resumes_bit_for_bit(tmp_path, model_dir):
         assert all((straight[k] == resumed[k]).all() for k in straight)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("checkpointing_steps", -1, 0), ("gradient_accumulation_steps", 0, 1), ("mc_samples", 0, 1)],
+)
+def test_loop_refuses_numbers_that_it_cannot_use(tmp_path, model_dir, name, value, least):
+    """A state would be saved after every step, the mean be trained without a sample, or a division end the run."""
+    with pytest.raises(
+        common.RecipeError, match=f"`{name}` must be at least {least}, got {value}. Leave out --{name}"
+    ):
+        run_glue_no_trainer.main(loop_flags(tmp_path, model_dir, **{name: value}))
+
+
 @pytest.mark.slow
 def test_loop_runs_in_two_processes(tmp_path, model_dir):
     """Started by a launcher, the loop must shard the data, average the curvature and write once."""
