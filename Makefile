@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LOWEST := $(VENV)/lowest
-TRAINER_TESTS := $(addprefix tests/test_,trainer.py trainer_saving.py resume.py auto.py arguments.py ess.py accelerate.py)
+TRAINER_TESTS := $(addprefix tests/test_,trainer.py trainer_loss.py trainer_saving.py resume.py auto.py arguments.py ess.py accelerate.py)
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help

@@ -105,7 +105,7 @@ class IVONTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "For 'fisher': what the loss of a step averages over in all processes, a number or 'auto' "
-            "(default): examples, or for a language model label tokens."
+            "(default), counted in each step: examples, or for a language model label tokens."
         },
     )
     ivon_prior_mean: str | None = field(
