@@ -6,12 +6,12 @@ python vllm_generate.py MODEL PROMPTS NUM_TOKENS [ADAPTER]     # PROMPTS: token 
 import json
 import sys
 
-from vllm import LLM, SamplingParams
-from vllm.lora.request import LoRARequest
-
 
 def main(model, prompts, num_tokens, adapter=None):
     """Print one line with the tokens."""
+    from vllm import LLM, SamplingParams  # here, as the test suite looks into every file
+    from vllm.lora.request import LoRARequest
+
     llm = LLM(
         model, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=8,
         gpu_memory_utilization=0.2, enable_lora=adapter is not None, max_lora_rank=16,
