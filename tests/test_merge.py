@@ -131,6 +131,25 @@ def test_a_strong_prior_stands_back_behind_the_models(models, monkeypatch, block
     torch.testing.assert_close(state, tensors(directory / "out"), rtol=0, atol=0)
 
 
+def test_of_very_many_weights_a_part_is_looked_at(models, monkeypatch):
+    """Their average alone is wanted, and a second pass over all posteriors would take as long as the merge."""
+    directory, names, _ = models
+    for name, size in zip(names, SIZES, strict=True):
+        model = BertForSequenceClassification.from_pretrained(name)
+        save_posterior(posterior_of(model, size, torch.Generator().manual_seed(size), weight_decay=1e3)[0], name)
+    plan = make_plan(names, str(directory / "base"), method="uncertainty")
+    whole, read = hessians_module.limit_prior(plan).prior_limit, []
+    original = hessians_module.variances_of
+    monkeypatch.setattr(hessians_module, "_READ", 16)
+    monkeypatch.setattr(hessians_module, "_LOOKED_AT", 2000)
+    monkeypatch.setattr(hessians_module, "variances_of", lambda *args: read.append(original(*args)) or read[-1])
+    found = hessians_module.limit_prior(plan).prior_limit
+    count = sum(v.numel() for v in read)
+    assert 1000 < count < 4000 < sum(p.numel() for p in model.parameters()) * 3
+    # h is uniform with a deviation of 0.56 of its mean, times N of three sizes; five deviations of their average
+    assert found == pytest.approx(whole, rel=5 * 1.1 / count**0.5)
+
+
 def test_without_any_curvature_the_prior_is_all_there_is(models):
     """With a base that counts as little as the models, the merge would be the base."""
     directory, names, _ = models
