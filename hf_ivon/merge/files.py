@@ -7,7 +7,6 @@ import os
 import struct
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +28,6 @@ _WANTED = [
 ]
 _UNWANTED = ["checkpoint-*/*", "onnx/*", "openvino/*", "original/*", "runs/*"]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SYNC = 2**28  # bytes that are written before the disk is asked for them: it is slow, and has to begin early
 
 
 class Rows(Protocol):
@@ -192,7 +190,7 @@ def _module_problems(directory: Path) -> list[str]:
 
 
 class Writer:
-    """Writes safetensors files rows by rows, from any threads; a thread of its own has the disk keep up with them.
+    """Writes safetensors files rows by rows, from any threads; what is written is on its way to the disk.
 
     Args:
         directory: Where to.
@@ -220,10 +218,7 @@ class Writer:
             max_shard_size=max_shard_size,
         )
         shards = split.filename_to_tensors if layout else {}
-        self._disk = ThreadPoolExecutor(max_workers=1)
-        self._shards = [
-            _Shard(directory / f, {n: layout[n] for n in names}, metadata, self._disk) for f, names in shards.items()
-        ]
+        self._shards = [_Shard(directory / f, {n: layout[n] for n in names}, metadata) for f, names in shards.items()]
         self._shard_of = {name: shard for shard in self._shards for name in shard.places}
         self.files = [shard.path for shard in self._shards]
         if split.is_sharded:
@@ -249,21 +244,19 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close; a file that is not complete is an error."""
-        with self._disk:
-            for shard in self._shards:
-                shard.close()
+        for shard in self._shards:
+            shard.close()
         if kind is None and (wrong := [shard.path.name for shard in self._shards if shard.missing]):
             raise RuntimeError(f"Not everything was written into {', '.join(wrong)}. Please report this.")
 
 
 class _Shard:
-    """One file of a `Writer`: opened at its first row, closed when the last one is on the disk.
+    """One file of a `Writer`: opened at its first row, closed when the last one is in it.
 
     Args:
         path: The file.
         layout: Dtype and shape of its tensors, in order.
         metadata: Strings for its header.
-        disk: Where to wait for the disk.
 
     Attributes:
         places: Where each tensor begins, and how long its rows are, bytes.
@@ -271,11 +264,7 @@ class _Shard:
     """
 
     def __init__(
-        self,
-        path: Path,
-        layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-        metadata: Mapping[str, str],
-        disk: ThreadPoolExecutor,
+        self, path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
     ) -> None:
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
         ends = [0]
@@ -293,9 +282,6 @@ class _Shard:
         self.path, self.missing = path, ends[-1]
         self._file: BinaryIO | None = None
         self._lock = threading.Lock()
-        self._disk = disk
-        self._unsynced = 0
-        self._syncs: list[Future[None]] = []
         if not self.missing:
             path.write_bytes(self._header)
 
@@ -312,28 +298,16 @@ class _Shard:
             self._file.seek(offset + start * row_bytes)
             self._file.write(data)
             self.missing -= len(data)
-            self._unsynced += len(data)
             if not self.missing:
                 self._file.flush()
-            if not self.missing or self._unsynced >= _SYNC:
-                self._unsynced = 0
-                self._syncs.append(self._disk.submit(_sync, self._file, close=not self.missing))
+                os.fsync(self._file.fileno())
+                self._file.close()
 
     def close(self) -> None:
-        """Close the file, complete or not; of a complete one, all is on the disk."""
+        """Close the file, complete or not."""
         with self._lock:
-            try:
-                for sync in self._syncs:
-                    sync.result()
-            finally:
-                if self._file is not None:
-                    self._file.close()
-
-
-def _sync(file: BinaryIO, *, close: bool) -> None:
-    os.fsync(file.fileno())
-    if close:
-        file.close()
+            if self._file is not None:
+                self._file.close()
 
 
 def _num_bytes(described: tuple[torch.dtype, tuple[int, ...]]) -> int:
