@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,12 @@ def write_card(
     return path
 
 
+def repositories(names: Iterable[str]) -> list[str]:
+    """Return which names of models are repositories on the Hub, not paths here, without the revision behind "@"."""
+    plain = [name.partition("@")[0] for name in names if not Path(name).exists()]
+    return [name for name in plain if _REPOSITORY.fullmatch(name)]
+
+
 def _existing(path: Path, title: str) -> tuple[str, str, ModelCardData]:
     """Return what stands in a README before and after our part, and its metadata."""
     if not path.is_file():
@@ -133,7 +139,7 @@ def _complete(
     ]
     data.tags = kept + [tag for tag in tags if tag not in kept]
     named = data.base_model if isinstance(data.base_model, list) else [data.base_model or config.base_model]
-    bases = [base for base in named if base and _REPOSITORY.fullmatch(base) and not Path(base).exists()]
+    bases = repositories(base for base in named if base)
     data.base_model = bases if len(bases) > 1 else next(iter(bases), None)
     data.library_name = data.library_name or (model["library"] if model["model_class"] else None)
     data.pipeline_tag = data.pipeline_tag or model["task"]

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_ivon.json_files import write_json
+from hf_ivon.merge import methods
 from hf_ivon.merge.files import Checkpoint
 
 CONFIG = "adapter_config.json"
@@ -238,9 +239,7 @@ def _average(
     if parts[0].is_floating_point():
         summed = sum(w * p.to(wide) for w, p in zip(weights, parts, strict=True))
         return (summed / sum(weights)).to(dtype or parts[0].dtype)  # type: ignore[union-attr]
-    if any(not torch.equal(parts[0], p) for p in parts):
-        raise ValueError(f"The tensor `{name}` holds no real numbers and differs between the models. Use --heads.")
-    return parts[0]
+    return methods.equal(name, parts)
 
 
 def _truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:

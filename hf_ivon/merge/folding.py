@@ -108,7 +108,7 @@ def fold(
                     f"that model, or choose another --dtype."
                 )
             writer.write(name, weight)
-    _write_model_config(base, adapter, known, layout, dtype, directory)
+    _write_model_config(base, adapter, known, layout, directory)
 
 
 def _parts(base: Checkpoint, adapter: Checkpoint) -> tuple[str, dict[str, Product], dict[str, str]]:
@@ -149,7 +149,6 @@ def _write_model_config(
     adapter: Checkpoint,
     known: Mapping[str, Entry],
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    dtype: torch.dtype | None,
     directory: Path,
 ) -> None:
     """Write the base's configuration, for the class that the adapter's task needs, and the sizes it has now."""
@@ -174,6 +173,4 @@ def _write_model_config(
             rows = layout[name][1][:1]
             if rows != entry.shape[:1] == (part.get("vocab_size"),):
                 part["vocab_size"] = rows[0]
-    if dtype is not None:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     write_json(directory / "config.json", config)

@@ -231,6 +231,29 @@ def dare(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], densi
     return base + _sum(differences, weights)
 
 
+def equal(name: str, models: Sequence[Tensor]) -> Tensor:
+    """Return what all models have for a tensor that holds no real numbers, such as the numbers of positions.
+
+    Args:
+        name: The tensor's name.
+        models: Tensors of one shape, of integers or booleans.
+
+    Returns:
+        The tensor; of counters of batches, which no prediction depends on, the largest.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if all(torch.equal(models[0], m) for m in models[1:]):
+        return models[0]
+    if name.rpartition(".")[2] == "num_batches_tracked":  # of BatchNorm
+        return torch.stack(list(models)).amax(0)
+    raise ValueError(
+        f"The tensor `{name}` holds no real numbers and differs between the models, so that it cannot be merged. "
+        f"Leave one of them out."
+    )
+
+
 def _is_one(models: Sequence[Tensor], weights: Sequence[float]) -> bool:
     """Tell whether the merge is of one model with weight 1, which is that model, to the bit."""
     return len(models) == 1 and list(weights) == [1.0]

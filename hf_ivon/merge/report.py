@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_ivon.hub.card import repositories
 from hf_ivon.merge import methods
 from hf_ivon.parts import layer_of
 
-_REPOSITORY = r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@.+)?"
 _STRIDE = 64  # one of so many weights is looked at for the logarithms, which cost more than the merge
 _DROWNED = 10.0  # how many times a Hessian of the base is those of the models where these hardly count any more
 _FLAT = 0.01  # distance from averaging, of the models' spread, up to which a rule is called averaging
@@ -144,7 +142,7 @@ def card(report: Mapping[str, Any]) -> str:
         report: The report, as in `merge_report.json`.
     """
     sources = [*report["models"], *([report["base_model"]] if report["base_model"] else [])]
-    on_hub = [s.partition("@")[0] for s in sources if re.fullmatch(_REPOSITORY, s) and not Path(s).is_dir()]
+    on_hub = repositories(sources)
     head = ["---", "tags:", "- merge", "- hf_ivon", *(["base_model:", *(f"- {s}" for s in on_hub)] if on_hub else [])]
     lines = [*head, "---", "", "# Merged model", ""]
     lines += [f"Merged by `{report['method']}` with [hf_ivon](https://pypi.org/project/hf_ivon/) from:", ""]

@@ -100,7 +100,7 @@ def _merge_block(
     if name in plan.kept:
         sink(name, plan.kept[name].tensors.rows(name, start, stop).to(dtype), start, None)
     elif not entry.dtype.is_floating_point:
-        sink(name, _equal(name, [m.tensors.rows(name, start, stop) for m in plan.models]), start, None)
+        sink(name, methods.equal(name, [m.tensors.rows(name, start, stop) for m in plan.models]), start, None)
     else:
         shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
         for i, (first, last) in enumerate(row_blocks(shape, _COMPUTE)):
@@ -182,17 +182,6 @@ def _apply(
         key = hashlib.blake2b(f"{plan.seed}\0{name}\0{position}".encode(), digest_size=8).digest()
         return methods.dare(base, models, weights, plan.density, int.from_bytes(key, "little") >> 1), None
     return methods.task_arithmetic(base, models, weights), None
-
-
-def _equal(name: str, parts: list[Tensor]) -> Tensor:
-    if all(torch.equal(parts[0], p) for p in parts[1:]):
-        return parts[0]
-    if name.rpartition(".")[2] == "num_batches_tracked":  # a counter of BatchNorm, of which no prediction depends
-        return torch.stack(parts).amax(0)
-    raise ValueError(
-        f"The tensor `{name}` holds no real numbers and differs between the models, so that it cannot be merged. "
-        f"Leave one of them out."
-    )
 
 
 def _base_variance(plan: Plan, name: str, start: int, stop: int) -> Tensor | None:
