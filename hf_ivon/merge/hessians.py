@@ -16,7 +16,7 @@ from hf_ivon.merge.plan import Plan
 from hf_ivon.posterior_config import PosteriorConfig
 
 _READ = 2**18  # weights that are read at a time: few for the cache, many for the interpreter
-_LOOKED_AT = 2**30  # of more weights, an even part is enough for their average
+_LOOKED_AT = 2**28  # of more weights, an even part is enough for their average
 
 
 def variances_of(model: Checkpoint, name: str, start: int, stop: int) -> Tensor:

@@ -1,12 +1,16 @@
 r"""The rules that make one tensor out of several, one pure function each.
 
+Those that take iterables ask for one model at a time, so that the caller can read it then, and little is in the cache.
+
 Notation: :math:`\theta_0` = `base`, :math:`\theta_t` = `models[t]`, :math:`\alpha_t` = `weights[t]`,
 :math:`H_t` = `hessians[t]`, the Hessian of the summed loss of model t, that is N times IVON's `hess`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +18,7 @@ from torch import Tensor
 _SMALLEST = 2.0**-149  # above 0 in fp32
 
 
-def average(models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def average(models: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     r"""Return the weighted average, :math:`\sum_t \alpha_t \theta_t / \sum_t \alpha_t`.
 
     Args:
@@ -32,7 +36,7 @@ def average(models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return _sum(models, [w / total for w in weights])
 
 
-def task_arithmetic(base: Tensor, models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def task_arithmetic(base: Tensor, models: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     r"""Return :math:`\theta_0 + \sum_t \alpha_t (\theta_t - \theta_0)`.
 
     Args:
@@ -50,13 +54,14 @@ def task_arithmetic(base: Tensor, models: Sequence[Tensor], weights: Sequence[fl
         >>> task_arithmetic(torch.tensor([1.0]), [torch.tensor([2.0]), torch.tensor([5.0])], [1.0, 0.5])
         tensor([4.])
     """
-    if _is_one(models, weights):
-        return models[0].clone()
-    return base + _sum([m - base for m in models], weights)
+    if _is_one(weights):
+        (model,) = models
+        return model.clone()
+    return _sum((m - base for m in models), weights).add_(base)
 
 
 def uncertainty(
-    base: Tensor, models: Sequence[Tensor], hessians: Sequence[Tensor], base_hessian: Tensor, weights: Sequence[float]
+    base: Tensor, models: Iterable[Tensor], hessians: Iterable[Tensor], base_hessian: Tensor, weights: Sequence[float]
 ) -> Tensor:
     r"""Return the minimizer of all losses together, to first order in what separates it from the models.
 
@@ -89,12 +94,14 @@ def uncertainty(
         >>> uncertainty(base, [one, -one], [3 * one, one], one, [1.0, 1.0])
         tensor([0.4000])
     """
-    total = _sum(hessians, weights).add_(base_hessian)
-    if _is_one(models, weights):
-        return torch.where(total == 0, base, models[0])
-    moved = torch.zeros_like(base)
-    for model, hess, weight in zip(models, hessians, weights, strict=True):
+    total, moved = torch.zeros_like(base), torch.zeros_like(base)
+    model = base
+    for weight, model, hess in _each(weights, models, hessians):
+        total.add_(hess, alpha=weight)
         moved.addcmul_(hess + base_hessian, model - base, value=weight)
+    total.add_(base_hessian)
+    if _is_one(weights):
+        return torch.where(total == 0, base, model)
     # Where the total is 0, so is what was moved: the smallest number above 0 divides it, and leaves the other totals.
     return moved.div_(total.clamp_min_(_SMALLEST)).add_(base)
 
@@ -123,7 +130,7 @@ def gaussian(
         (tensor([2.]), tensor([4.]))
     """
     precision = _sum(precisions, weights)
-    if _is_one(models, weights):
+    if _is_one(weights):
         return models[0].clone(), precision
     return _sum([p * m for p, m in zip(precisions, models, strict=True)], weights) / precision, precision
 
@@ -147,7 +154,7 @@ def fisher(models: Sequence[Tensor], hessians: Sequence[Tensor], weights: Sequen
         >>> fisher([one, 5 * one], [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])], [1.0, 1.0])
         tensor([2., 3.])
     """
-    if _is_one(models, weights):
+    if _is_one(weights):
         return models[0].clone()
     total = _sum(hessians, weights)
     weighted = _sum([h * m for h, m in zip(hessians, models, strict=True)], weights)
@@ -254,15 +261,25 @@ def equal(name: str, models: Sequence[Tensor]) -> Tensor:
     )
 
 
-def _is_one(models: Sequence[Tensor], weights: Sequence[float]) -> bool:
+def _is_one(weights: Sequence[float]) -> bool:
     """Tell whether the merge is of one model with weight 1, which is that model, to the bit."""
-    return len(models) == 1 and list(weights) == [1.0]
+    return list(weights) == [1.0]
 
 
-def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    if len(tensors) != len(weights) or not tensors:
-        raise ValueError(f"`weights` must be one per model, got {len(weights)} for {len(tensors)}. Give one each.")
-    total = tensors[0] * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total.add_(tensor, alpha=weight)
+def _sum(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+    total: Tensor | None = None
+    for weight, tensor in _each(weights, tensors):
+        total = tensor * weight if total is None else total.add_(tensor, alpha=weight)
+    if total is None:
+        raise ValueError("There is nothing to merge. Give at least one model.")
     return total
+
+
+def _each(weights: Sequence[float], *tensors: Iterable[Tensor]) -> Iterator[tuple[Any, ...]]:
+    """Yield each model's weight and tensors."""
+    for i, found in enumerate(zip_longest(weights, *tensors)):
+        if any(part is None for part in found):
+            raise ValueError(
+                f"`weights` must be one per model, got {len(weights)}: model {i} lacks a tensor or a weight."
+            )
+        yield found

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
@@ -21,7 +21,7 @@ from hf_ivon.merge.plan import Plan
 from hf_ivon.merge.report import TensorStatistics
 
 _BLOCK = 2**22  # weights that a thread merges at a time
-_COMPUTE = 2**18  # weights of each model computed with at a time: few for the cache, many for the interpreter
+_COMPUTE = 2**17  # weights of each model computed with at a time: few for the cache, many for the interpreter
 _WORKERS = 8  # threads; each holds a block of all models
 _REPORT = 8  # one of so many pieces is looked at for the report
 # Rules in which NaN of one model is NaN in the result.
@@ -115,28 +115,40 @@ def _merge_rows(
     plan: Plan, name: str, start: int, stop: int, thresholds: list[float], statistics: TensorStatistics | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return merged rows and their precision; so few that intermediate results stay in the cache."""
-    parts = [m.tensors.rows(name, start, stop) for m in plan.models]
-    wide = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
-    models = [p.to(wide) for p in parts]
-    if plan.method not in _SHOWS_NAN:
+    entry = plan.layout[name]
+    wide = torch.float64 if entry.dtype == torch.float64 else torch.float32
+    models: Iterable[Tensor] = _means(plan, name, start, stop, wide)
+    trust: Iterable[Tensor] | None = _trust(plan, name, start, stop, wide) if plan.trusts(name) else None
+    shows_nan = plan.method in _SHOWS_NAN
+    if statistics is not None or not shows_nan:
+        models, trust = list(models), None if trust is None else list(trust)
+    if not shows_nan:
         _check_finite(plan, name, models)
-    trust: list[Tensor] = []
-    if plan.trusts(name):
-        trust = [variances_of(m, name, start, stop).to(wide).reciprocal_() for m in plan.models]
-        if plan.method != "gaussian":
-            trust = [hessian(m.config, name, t) for m, t in zip(plan.models, trust, strict=True)]
     base = plan.base.tensors.rows(plan.base_name(name), start, stop).to(wide) if plan.base else None
     base_variance = _base_variance(plan, name, start, stop)
     prior = None if base_variance is None else base_variance.to(wide).reciprocal_()
-    position = start * (parts[0].numel() // max(1, stop - start))
+    position = start * math.prod(entry.shape[1:])
     merged, precision = _apply(plan, name, models, base, trust, prior, thresholds, position)
     if not torch.isfinite(merged.sum()):  # of finite weights it is, unless they are very large
-        _check_finite(plan, name, models)
+        _check_finite(plan, name, _means(plan, name, start, stop, wide))
         if not torch.isfinite(merged).all():
             raise ValueError(f"The merge of `{name}` is too large for its dtype. Pass smaller weights.")
     if statistics is not None:
-        statistics.add(merged, models, trust, plan.weights)
+        statistics.add(merged, list(models), list(trust or ()), plan.weights)
     return merged, precision
+
+
+def _means(plan: Plan, name: str, start: int, stop: int, wide: torch.dtype) -> Iterator[Tensor]:
+    """Read rows of each model, when they are asked for."""
+    for model in plan.models:
+        yield model.tensors.rows(name, start, stop).to(wide)
+
+
+def _trust(plan: Plan, name: str, start: int, stop: int, wide: torch.dtype) -> Iterator[Tensor]:
+    """Read the Hessian, or for `gaussian` the precision, of rows of each model, when it is asked for."""
+    for model in plan.models:
+        precision = variances_of(model, name, start, stop).to(wide).reciprocal_()
+        yield precision if plan.method == "gaussian" else hessian(model.config, name, precision)
 
 
 def _cast(name: str, merged: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,7 +162,7 @@ def _cast(name: str, merged: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _check_finite(plan: Plan, name: str, models: list[Tensor]) -> None:
+def _check_finite(plan: Plan, name: str, models: Iterable[Tensor]) -> None:
     for model, values in zip(plan.models, models, strict=True):
         if not torch.isfinite(values).all():
             raise ValueError(f"The tensor `{name}` of {model.name} holds NaN or inf. Check that model.")
@@ -159,28 +171,28 @@ def _check_finite(plan: Plan, name: str, models: list[Tensor]) -> None:
 def _apply(
     plan: Plan,
     name: str,
-    models: list[Tensor],
+    models: Iterable[Tensor],
     base: Tensor | None,
-    trust: list[Tensor],
+    trust: Iterable[Tensor] | None,
     prior: Tensor | None,
     thresholds: list[float],
     position: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return merged weights and their precision; `trust` is Hessians or (gaussian) precisions."""
+    """Return merged weights and their precision; `trust` is Hessians or (gaussian) precisions, None without."""
     weights, method = plan.weights, plan.method
-    if method == "gaussian" and trust:
-        return methods.gaussian(models, trust, weights)
-    if method == "fisher" and trust:
-        return methods.fisher(models, trust, weights), None
+    if method == "gaussian" and trust is not None:
+        return methods.gaussian(list(models), list(trust), weights)
+    if method == "fisher" and trust is not None:
+        return methods.fisher(list(models), list(trust), weights), None
     if base is None:  # the average, also where a rule that needs no base has no posterior
         return methods.average(models, weights), None
-    if method == "uncertainty" and trust:
+    if method == "uncertainty" and trust is not None:
         return methods.uncertainty(base, models, trust, base_hessian(plan, name, prior), weights), None
     if method == "ties":
-        return methods.ties(base, models, weights, thresholds), None
+        return methods.ties(base, list(models), weights, thresholds), None
     if method == "dare":
         key = hashlib.blake2b(f"{plan.seed}\0{name}\0{position}".encode(), digest_size=8).digest()
-        return methods.dare(base, models, weights, plan.density, int.from_bytes(key, "little") >> 1), None
+        return methods.dare(base, list(models), weights, plan.density, int.from_bytes(key, "little") >> 1), None
     return methods.task_arithmetic(base, models, weights), None
 
 
