@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import weakref
 
 import peft
 import pytest
@@ -198,6 +199,31 @@ def test_uncertainty_has_its_limits():
     assert torch.equal(methods.uncertainty(base, [one, two], [nothing, nothing], even, [1.0, 1.0]), added)
     found = methods.uncertainty(base, [one, two], [nothing, nothing], hess, [1.0, 1.0])
     torch.testing.assert_close(found, added, rtol=2**-22, atol=2**-22)
+
+
+def test_sums_over_models_hold_one_at_a_time():
+    """A model is read when the rule comes to it: were all of them there at once, the cache would not hold them."""
+    generator = torch.Generator().manual_seed(0)
+    models, hessians = (list(torch.rand(3, 50, generator=generator)) for _ in range(2))
+    base, prior, weights = torch.zeros(50), torch.tensor(0.5), [1.0, 0.5, 2.0]
+    seen = []
+
+    def read(tensors):
+        for tensor in tensors:
+            assert sum(ref() is not None for ref in seen) <= 3  # the model and Hessian before, and this one's model
+            copy = tensor.clone()
+            seen.append(weakref.ref(copy))
+            yield copy
+            del copy
+
+    for rule in (
+        lambda m, h: methods.average(m(models), weights),
+        lambda m, h: methods.task_arithmetic(base, m(models), weights),
+        lambda m, h: methods.uncertainty(base, m(models), h(hessians), prior, weights),
+    ):
+        assert torch.equal(rule(read, read), rule(list, list))
+    with pytest.raises(ValueError, match=r"`weights` must be one per model, got 3: model 2 lacks one"):
+        methods.average(models[:2], weights)
 
 
 def test_uncertainty_finds_the_joint_minimum_of_quadratics():

@@ -9,7 +9,6 @@ Notation: :math:`\theta_0` = `base`, :math:`\theta_t` = `models[t]`, :math:`\alp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -276,10 +275,14 @@ def _sum(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _each(weights: Sequence[float], *tensors: Iterable[Tensor]) -> Iterator[tuple[Any, ...]]:
-    """Yield each model's weight and tensors."""
-    for i, found in enumerate(zip_longest(weights, *tensors)):
-        if any(part is None for part in found):
+    """Yield each model's weight and tensors; unlike `zip`, which keeps the first ones, hold none of them."""
+    readers = [iter(t) for t in tensors]
+    for i, weight in enumerate((*weights, None)):
+        found = [next(reader, None) for reader in readers]
+        if any((part is None) != (weight is None) for part in found):
             raise ValueError(
-                f"`weights` must be one per model, got {len(weights)}: model {i} lacks a tensor or a weight."
+                f"`weights` must be one per model, got {len(weights)}: model {i} lacks one or the other. Give both."
             )
-        yield found
+        if weight is not None:
+            yield weight, *found
+        del found
