@@ -23,7 +23,7 @@ from torch import Tensor
 from hf_ivon import distributed, replicas, windows
 from hf_ivon.functional import cache_sized
 from hf_ivon.sampling import WeightSampler
-from hf_ivon.state import parameter_names, state_dtype
+from hf_ivon.state import parameter_names
 from hf_ivon.windows import Context, Gradients
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,7 @@ class GradientCapture:
 
     def clear(self) -> None:
         """Forget the window; its buffers go back to the sampler."""
-        if not self.squared:
-            self._sampler.give_back(self._buffers)
+        self._sampler.give_back(self._buffers)
         self._buffers.clear()
         self.contexts = 0
         self.entered = 0
@@ -127,26 +126,23 @@ class GradientCapture:
         return dropped
 
     def take_products(self) -> None:
-        """Take gradient times noise from `p.grad`, where that is this context's gradient and nothing else.
+        """Take gradient times noise, or its square, from `p.grad`, where that is this context's and nothing else.
 
         The weight samples must still be in place; the parameters that this is done for hold their means afterwards.
         """
         context = self._context
         if context is None or not context.late:
             return
-        grads, changed = {}, False
-        for p, left in context.late.items():
-            if (grad := p.grad) is not None:
-                grads[p] = grad
-                changed = changed or (left != (id(grad), grad._version) and not grad._is_view())
-        if changed:
+        grads = {p: p.grad for p in context.late if p.grad is not None}
+        changed = any(context.late[p] != (id(g), g._version) and not g._is_view() for p, g in grads.items())
+        if changed and not self.squared:
             self._late = False
             logger.warning(
                 "Gradients were changed inside `sampled_params(train=True)` after the backward pass, and the Hessian "
                 "of this step is of the changed ones. From now on they are read in the backward pass, which takes one "
                 "more buffer of the model's size; to save it, clip or scale gradients after the `with` block."
             )
-        self._buffers.update(self._sampler.take_products(grads, context.inverse_scale))
+        self._buffers.update(self._sampler.take_products(grads, context.inverse_scale, self.squared))
         self._started.update(grads)
 
     def end(self, failed: bool) -> None:
@@ -304,7 +300,7 @@ class GradientCapture:
     def _may_wait(self, context: Context, p: Tensor) -> bool:
         """Tell whether `p.grad` will be this context's own gradient, so that the product can be taken at its end."""
         alone = self.contexts == 0 and p not in context.before and distributed.world_size() == 1
-        return self._late and alone and not self.squared and p not in self._sampler.written
+        return self._late and alone and p not in self._sampler.written
 
     def _on_reduced(self, context: Context, p: Tensor, of_group: Tensor | None) -> None:
         """Take in a sharded gradient, which is seen only after its reduction, and in the last micro-batch only.
@@ -387,11 +383,14 @@ class GradientCapture:
         # Other processes may have had a gradient where this one had none; the reduction has brought it here.
         params = context.accumulated if distributed.world_size() == 1 else self._hooked
         for p in params:
-            if p.grad is None:
+            if p.grad is None or (self.contexts == 0 and p in self._buffers):  # taken when the mean was put back
                 continue
-            squared = p.grad.to(state_dtype(p)).mul(context.inverse_scale).square_()
             keep = self.averaged and p in self._started
-            self._buffers[p] = self._buffers[p].add_(squared) if keep else squared
+            if p not in self._buffers:
+                self._buffers[p] = self._sampler.borrow(p)
+            for total, grad in cache_sized(self._buffers[p], distributed.local(p.grad)):
+                squared = grad.to(total.dtype).mul(context.inverse_scale).square_()
+                _ = total.add_(squared) if keep else total.copy_(squared)
             self._started.add(p)
 
 

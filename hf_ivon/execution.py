@@ -145,14 +145,14 @@ class Execution:
         for t, m, h in cache_sized(theta, mean, hess):
             t.copy_(sample(m, h, t, ess=ess, weight_decay=weight_decay))
 
-    def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float) -> None:
+    def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> None:
         """Run `passes.take_product` on tensors of any size."""
         run = self._compiled(theta, mean, grad)
-        if run is not None and run.call("take_product", *map(_flat, (theta, mean, grad)), factor):
+        if run is not None and run.call("take_product", *map(_flat, (theta, mean, grad)), factor, squared):
             torch.autograd.graph.increment_version((theta, mean))
             return
         for t, m, g in cache_sized(theta, mean, grad):
-            passes.take_product(t, m, g, factor)
+            passes.take_product(t, m, g, factor, squared)
 
     def update(
         self,
@@ -276,13 +276,13 @@ def _compile_and_check(device_type: str) -> Compiled | None:
         theta, mean, hess, momentum, grad, drawn = expected
         mean.copy_(theta)
         eager.sample(theta, mean, hess, words, ess=100.0, weight_decay=1e-3)
-        eager.take_product(theta, mean, grad, 1.0)
+        eager.take_product(theta, mean, grad, 1.0, False)
         eager.update(theta, grad, mean, momentum, hess, None, options)
         passes.draw_lanes(_lanes(drawn), columns, indices, words.to(device_type))
         theta, mean, hess, momentum, grad, drawn = tensors
         ran = (
             run.sample(theta, tuple(_apart(t) for t in (theta, mean, hess)), words, 100.0, 1e-3)
-            and run.call("take_product", theta, mean, grad, 1.0)
+            and run.call("take_product", theta, mean, grad, 1.0, False)
             and run.call("update", theta, grad, mean, momentum, hess, None, *options)
             and run.call("draw_lanes", _apart(drawn), columns, indices, words.to(device_type))
         )

@@ -1,4 +1,4 @@
-"""The three passes over memory of a training step: sample, take the product with the noise, update.
+"""The three passes over memory of a training step: sample, take what the gradient says of the curvature, update.
 
 Each is written once, on flat tensors of one length, in place. `hf_ivon.execution` runs it piece by piece, over packs
 of small tensors, or compiled.
@@ -74,17 +74,21 @@ def draw_lanes(lanes: Sequence[Tensor], columns: Tensor, indices: Tensor, words:
         lane.copy_(draws)
 
 
-def take_product(theta: Tensor, mean: Tensor, grad: Tensor, factor: float) -> None:
+def take_product(theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> None:
     """Put the mean back and keep gradient times noise where it was: what the sample was for is then known.
 
     Args:
         theta: The weight sample; becomes the mean.
         mean: The mean; becomes ``grad * (theta - mean) * factor``, shape of `theta`.
         grad: Gradient at the sample, shape of `theta`.
-        factor: Multiplies the product.
+        factor: Multiplies the gradient.
+        squared: Keep ``(grad * factor) ** 2`` instead.
     """
-    # The perturbation that was really applied: what rounding made of mean + noise, minus the mean.
-    product = (theta - mean).mul_(grad).mul_(factor)
+    if squared:
+        product = (grad * factor).square_()
+    else:
+        # The perturbation that was really applied: what rounding made of mean + noise, minus the mean.
+        product = (theta - mean).mul_(grad).mul_(factor)
     theta.copy_(mean)
     mean.copy_(product)
 

@@ -192,14 +192,17 @@ class WeightSampler:
                 self._spare.setdefault(p, []).append(buffer)
 
     @torch.no_grad()
-    def take_products(self, grads: Mapping[Tensor, Tensor], factor: float | Tensor) -> dict[Tensor, Tensor]:
-        """Put the mean back into parameters, and return gradient times noise for each.
+    def take_products(
+        self, grads: Mapping[Tensor, Tensor], factor: float | Tensor, squared: bool
+    ) -> dict[Tensor, Tensor]:
+        """Put the mean back into parameters, and return gradient times noise, or the squared gradient, for each.
 
         The product stands in the buffer that held the mean: to know both takes no more memory than one.
 
         Args:
             grads: Parameter that holds a weight sample, and whose mean is not in its state, to its gradient.
-            factor: Multiplies the products.
+            factor: Multiplies the gradients.
+            squared: Whether squares are wanted.
 
         Returns:
             Parameter to product, in its shape; the caller's until they are given back. Those of packed parameters are
@@ -209,29 +212,32 @@ class WeightSampler:
         for pack in list(self._sampled_packs):
             taken = [grads.get(p) for p in pack.params]
             if not all(grad is None for grad in taken):
-                self._take_from_pack(pack, taken, factor)
+                self._take_from_pack(pack, taken, factor, squared)
                 products.update(zip(pack.params, pack.views("product"), strict=True))
         for p in [p for p in self._borrowed if p in grads]:
             weights, mean = distributed.local(p), self.means[p]
-            self._execution.take_product(weights, mean, grads[p], factor if isinstance(factor, float) else 1.0)
+            scale = factor if isinstance(factor, float) else 1.0
+            self._execution.take_product(weights, mean, grads[p], scale, squared)
             self._borrowed.discard(p)
             products[p] = self.means.pop(p)
             if isinstance(factor, Tensor):
-                products[p].mul_(factor)
+                _scale(products[p], factor, squared)
         return products
 
-    def _take_from_pack(self, pack: Pack, grads: Sequence[Tensor | None], factor: float | Tensor) -> None:
+    def _take_from_pack(
+        self, pack: Pack, grads: Sequence[Tensor | None], factor: float | Tensor, squared: bool
+    ) -> None:
         """Take the products of a pack, and put all of its means back; of those without gradient there is none."""
         pack.gather("grad", grads)
         for missing, _, elements in pack.runs([grad is None for grad in grads]):
             if missing:
                 pack.flat("grad")[elements].zero_()
         scale = factor if isinstance(factor, float) else 1.0
-        self._execution.take_product(pack.flat("theta"), pack.flat("mean"), pack.flat("grad"), scale)
+        self._execution.take_product(pack.flat("theta"), pack.flat("mean"), pack.flat("grad"), scale, squared)
         pack.swap("mean", "product")
         self._sampled_packs[pack] = "theta"
         if isinstance(factor, Tensor):
-            pack.flat("product").mul_(factor)
+            _scale(pack.flat("product"), factor, squared)
         pack.write_back("theta")
         del self._sampled_packs[pack]
 
@@ -265,6 +271,13 @@ class WeightSampler:
                 distributed.local(p).copy_(self.means[p])
                 if p not in self._borrowed:
                     self.note(p)
+
+
+def _scale(products: Tensor, factor: Tensor, squared: bool) -> None:
+    """Multiply by a factor on the gradients that is not to be read by the host."""
+    products.mul_(factor)
+    if squared:
+        products.mul_(factor)
 
 
 def _mark(p: Tensor) -> tuple[int, int]:

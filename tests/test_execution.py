@@ -266,7 +266,7 @@ def test_compiled_loops_run_in_the_threads_of_their_call(threads, monkeypatch):
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch._dynamo.reset()
-    _, [code] = run_and_get_code(execution.compile_pass(passes.take_product), *torch.rand(3, 96), 1.0)
+    _, [code] = run_and_get_code(execution.compile_pass(passes.take_product), *torch.rand(3, 96), 1.0, False)
     assert re.findall(r"#pragma omp parallel.*", code) == ["#pragma omp parallel"]
 
 
@@ -288,7 +288,7 @@ def test_a_compiled_pass_is_one_loop_without_temporaries(name, reads, writes):
     apart = [execution._apart(t) for t in (a, b, c)]
     arguments = {
         "sample": (*apart, words, 10.0, 1e-3),
-        "take_product": (a, b, c, 1.0),
+        "take_product": (a, b, c, 1.0, False),
         "update": (a, b, c, d, e, None, *UpdateOptions(10.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True, False)),
     }
     torch._dynamo.reset()

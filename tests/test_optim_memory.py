@@ -60,6 +60,24 @@ def test_first_use_in_inference_mode_leaves_training_possible(rows, dtype, first
     assert_same(model, optimizer, other, reference)
 
 
+@SIZES
+@pytest.mark.parametrize("options", [{}, {"hess_approx": "fisher", "batch_size": 4}], ids=["price", "fisher"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_what_a_step_keeps_of_the_curvature_takes_no_new_memory(rows, options, micro_batches):
+    """It stands where the mean was kept: memory of the model's size asked for in each step costs more than its use."""
+    model, optimizer = make(rows, **options)
+    places = set()
+    for _ in range(4):
+        optimizer.zero_grad()
+        for _ in range(micro_batches):
+            with optimizer.sampled_params(train=True):
+                model(torch.ones(1, 4)).square().mean().backward()
+                places.add(optimizer._sampler.means[model.weight].data_ptr())
+            assert optimizer._capture.curvature(model.weight).data_ptr() in places
+        optimizer.step()
+    assert len(places) <= 2  # with accumulation the mean and what was kept before are two
+
+
 def test_an_error_before_a_mean_was_kept_is_not_masked(monkeypatch):
     """Without memory for the mean, the user must read that, and not a KeyError that prints a whole parameter."""
     model, optimizer = make(2**14)
