@@ -79,6 +79,9 @@ def test_presets_fill_what_is_not_set():
         args = parse("--ivon_preset", *flags)
         assert args.ivon_options()["relative_sigma"] == 0
     assert args.ivon_options()["hess_init"] == 0.3
+    # A temperature is for what the loss averages over: beside the preset's own number it would do nothing.
+    assert make(ivon_preset="pretraining").ivon_options()["ess"] == PRESETS["pretraining"]["ess"]
+    assert make(ivon_preset="pretraining", ivon_temperature=1.0).ivon_options()["ess"] == "auto"
     again = dataclasses.replace(parse("--ivon_preset", "finetuning"), ivon_beta1=0.5)
     assert again.ivon_options()["relative_sigma"] == preset["relative_sigma"]
     written = parse("--optim_args", "preset=pretraining,fused=false")

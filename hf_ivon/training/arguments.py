@@ -240,6 +240,8 @@ class IVONTrainingArguments(TrainingArguments):
         """
         flags, given = _flags(self), _given(self)
         options = {**DEFAULTS, **preset_of(self), **given}
+        if "temperature" in given and "ess" not in given:
+            options["ess"] = DEFAULTS["ess"]  # which it is for, whatever the preset has
         if options["hess_approx"] == "fisher" and "hess_init" not in given:
             options["hess_init"] = FISHER_START
         if "ess" in given and given["ess"] != "auto" and given.get("temperature", 1.0) != 1.0:

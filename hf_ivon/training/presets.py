@@ -45,7 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "relative_sigma": 0.05,
         "eval_ess_scale": 0.05,
     },
-    "pretraining": {"learning_rate": 0.5, "weight_decay": 1e-6, "relative_sigma": 0.05},
+    # Were `ess` the number of tokens, the Hessian's start, and so the first steps, would depend on the dataset's size.
+    "pretraining": {"learning_rate": 0.5, "weight_decay": 1e-6, "ess": 5e6, "relative_sigma": 0.05},
 }
 _STRINGS = ("preset", "hess_approx", "prior_mean", "prior_on", "momentum_dtype")
 _BOOLEANS = ("rescale_lr", "debias", "foreach", "fused")
