@@ -36,6 +36,8 @@ from hf_ivon import IVON
 # sample from one step to the next could do with 36.
 BYTES = {"adamw": 28, "ivon": 20 + 20 + 32}
 LOCAL = {"lr": 1e-3, "ess": 1e6, "hess_init": 0.1, "clip_radius": 1e-3}
+# As the presets for finetuning have it: another estimator, and a prior at the start.
+FISHER = {"hess_approx": "fisher", "batch_size": 16, "beta2": 0.98, "prior_mean": "init"}
 
 
 def gpt2_shapes() -> list[tuple[int, ...]]:
@@ -72,6 +74,7 @@ def optimizers(names: list[str]) -> dict[str, Callable[[list[nn.Parameter]], tor
         "adamw fused": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
         "adamw foreach": lambda params: torch.optim.AdamW(params, lr=1e-4, foreach=True),
         "ivon fused": lambda params: IVON(params, fused=True, **LOCAL),
+        "ivon fused, fisher": lambda params: IVON(params, fused=True, **LOCAL, **FISHER),
         "ivon fused, bf16 momentum": lambda params: IVON(params, fused=True, momentum_dtype="bfloat16", **LOCAL),
         "ivon foreach": lambda params: IVON(params, fused=False, **LOCAL),
         "ivon plain": lambda params: IVON(params, fused=False, foreach=False, **LOCAL),
