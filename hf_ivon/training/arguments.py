@@ -51,7 +51,7 @@ class IVONTrainingArguments(TrainingArguments):
         metadata={
             "help": "What is not set by other flags: 'paper' (default, its setting for finetuning), 'finetuning' (a "
             "Hessian that short runs learn), 'averaging' (that, for predictions that are averaged), or 'pretraining' "
-            "(from scratch). Sets learning_rate and weight_decay too."
+            "(from scratch; sets ivon_ess). Sets learning_rate and weight_decay too."
         },
     )
     ivon_ess: str | None = field(
