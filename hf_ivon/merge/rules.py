@@ -21,7 +21,7 @@ from hf_ivon.merge.plan import Plan
 from hf_ivon.merge.report import TensorStatistics
 
 _BLOCK = 2**22  # weights that a thread merges at a time
-_COMPUTE = 2**17  # weights of each model computed with at a time: few for the cache, many for the interpreter
+_COMPUTE = 2**18  # weights of each model computed with at a time: few for the cache, many for the interpreter
 _WORKERS = 8  # threads; each holds a block of all models
 _REPORT = 8  # one of so many pieces is looked at for the report
 # Rules in which NaN of one model is NaN in the result.
