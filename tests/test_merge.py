@@ -224,6 +224,8 @@ def test_sums_over_models_hold_one_at_a_time():
         assert torch.equal(rule(read, read), rule(list, list))
     with pytest.raises(ValueError, match=r"`weights` must be one per model, got 3: model 2 lacks one"):
         methods.average(models[:2], weights)
+    with pytest.raises(ValueError, match=r"`weights` must be one per model, got 1: model 1 lacks one"):
+        methods.task_arithmetic(base, models, [1.0])
 
 
 def test_uncertainty_finds_the_joint_minimum_of_quadratics():

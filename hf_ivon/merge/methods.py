@@ -54,7 +54,7 @@ def task_arithmetic(base: Tensor, models: Iterable[Tensor], weights: Sequence[fl
         tensor([4.])
     """
     if _is_one(weights):
-        (model,) = models
+        [(_, model)] = _each(weights, models)
         return model.clone()
     return _sum((m - base for m in models), weights).add_(base)
 
