@@ -18,6 +18,7 @@ import json
 import shlex
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ def study(arguments: argparse.Namespace, task: str, seed: int, flags: list[str])
         if optimizer == "adamw":
             found[optimizer] = {"seconds": seconds, "mean": adamw_quality(test)}
         else:
+            parsed = common.parse_args((run_glue.GlueArguments, IVONTrainingArguments), test)
             measured = curvature_study.measure(
-                *common.parse_args((run_glue.GlueArguments, IVONTrainingArguments), test),
+                partial(curvature_study.classifier, *parsed),
+                parsed[1],
                 argparse.Namespace(examples=arguments.examples, samples=[arguments.samples]),
             )
             quality = measured["quality"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from recipes import curvature_study
+from recipes import curvature_study, demo
 from recipes.common import RecipeError
 from recipes.glue_tasks import TASKS
 from tests.test_run_glue import make_model, write_rows
@@ -37,6 +37,32 @@ def test_both_tables(tmp_path, capsys):
     stamp = (tmp_path / "out" / "results.json").stat().st_mtime_ns
     assert curvature_study.main(arguments)["layers"]["overall"] == results["layers"]["overall"]
     assert (tmp_path / "out" / "results.json").stat().st_mtime_ns == stamp
+
+
+def test_a_language_model_from_scratch(tmp_path, capsys):
+    """What a GPT-2 has learnt of its curvature could not be told."""
+    texts = "\n".join(json.dumps({"text": f"Sentence {i} says that {i} and {i} is {2 * i}."}) for i in range(60))
+    (tmp_path / "text.jsonl").write_text(texts)
+    settings = {
+        "train_file": tmp_path / "text.jsonl",
+        "output_dir": tmp_path / "out",
+        "config_overrides": "n_layer=1,n_embd=16,n_head=2,n_positions=32",
+        "block_size": 16,
+        "vocab_size": 300,
+        "max_steps": 6,
+        "ivon_hess_approx": "fisher",
+        "ivon_ess": "1e5",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    }
+    own = ["--recipe", "run_clm", "--examples", "8", "--samples", "2", "--"]
+    results = curvature_study.main([*own, *demo.flags(settings)])
+    assert {"transformer.h.0", "overall"} <= set(results["layers"])
+    assert results["layers"]["overall"][2] is not None
+    assert results["quality"]["mean"]["perplexity"] != results["quality"]["2 samples"]["perplexity"]
+    assert "perplexity" in capsys.readouterr().out
 
 
 def test_a_run_without_posterior_is_named(tmp_path):
