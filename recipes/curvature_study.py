@@ -160,12 +160,10 @@ def language_model(data: run_clm.DataArguments, args: IVONTrainingArguments) -> 
     return Run(model, train, default_data_collator, "squared-gradient", evaluate)
 
 
-def measure(prepare: Callable[[], Run], args: IVONTrainingArguments, own: argparse.Namespace) -> dict[str, Any]:
-    """Return rows of both tables for a finished run."""
-    directory = str(args.output_dir)
+def measure(run: Run, directory: str, own: argparse.Namespace) -> dict[str, Any]:
+    """Return rows of both tables for a finished run, whose posterior is in `directory`."""
     if not posterior_files(Path(directory)):
         raise common.RecipeError(f"`output_dir` must hold a posterior, got {directory!r}. Train with --optim ivon.")
-    run = prepare()
     posterior = load_posterior(directory, run.model)
     if not 2 <= own.examples <= len(run.train):
         raise common.RecipeError(
@@ -192,19 +190,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--samples", type=int, nargs="*", default=[16, 64], help="weight samples of the evaluations")
     parser.add_argument("--recipe", choices=["run_glue", "run_clm"], default="run_glue", help="what is trained")
     own = parser.parse_args(argv)
-    prepare: Callable[[], Run]
     if own.recipe == "run_clm":
         _, data, args = common.parse_args(
             (run_clm.ModelArguments, run_clm.DataArguments, IVONTrainingArguments), flags
         )
-        recipe, title, prepare = run_clm, "text", partial(language_model, data, args)
+        recipe, title, finished = run_clm, "text", partial(language_model, data, args)
     else:
         glue, args = common.parse_args((run_glue.GlueArguments, IVONTrainingArguments), flags)
-        recipe, title, prepare = run_glue, glue.task_name, partial(classifier, glue, args)
+        recipe, title, finished = run_glue, glue.task_name, partial(classifier, glue, args)
     if not (Path(args.output_dir) / "results.json").is_file():
         with contextlib.redirect_stdout(sys.stderr):
             recipe.main([*flags, "--eval_num_samples", "0"])
-    results = measure(prepare, args, own)
+    results = measure(finished(), str(args.output_dir), own)
     write_json(Path(args.output_dir) / "curvature.json", results)
     header = ["layer", "weights", "seen", "rank corr.", "by tensor", "halves", "learnt/exact", "moved"]
     print(common.table([[layer, *row] for layer, row in results["layers"].items()], header))

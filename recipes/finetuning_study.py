@@ -18,7 +18,6 @@ import json
 import shlex
 import statistics
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +90,8 @@ def study(arguments: argparse.Namespace, task: str, seed: int, flags: list[str])
         else:
             parsed = common.parse_args((run_glue.GlueArguments, IVONTrainingArguments), test)
             measured = curvature_study.measure(
-                partial(curvature_study.classifier, *parsed),
-                parsed[1],
+                curvature_study.classifier(*parsed),
+                str(directory),
                 argparse.Namespace(examples=arguments.examples, samples=[arguments.samples]),
             )
             quality = measured["quality"]
