@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 import weakref
 
 import peft
@@ -387,10 +388,17 @@ def test_all_problems_are_named_and_nothing_is_written(models):
     assert [f.name for f in (directory / "used").iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("wrong", ["nan", "posterior", "pair"])
-def test_wrong_numbers_leave_nothing_behind(models, wrong):
-    """NaN in one model, or variances of other weights, would spoil the whole merge silently."""
+def test_wrong_numbers_leave_nothing_behind(models, wrong, late, monkeypatch):
+    """NaN in one model, or variances of other weights, would spoil the whole merge silently.
+
+    The message is the same whether pairs are found wrong before or after the merge meets NaN.
+    """
     directory, names, _ = models
+    look = engine._pair_problems
+    if late:
+        monkeypatch.setattr(engine, "_pair_problems", lambda plan: [time.sleep(0.3), look(plan)][1])
     if wrong == "posterior":
         file = directory / "b" / "posterior.safetensors"
         values = load_file(file)

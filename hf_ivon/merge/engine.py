@@ -210,6 +210,9 @@ def _write_checked(plan: Plan, work: Path, dtype: torch.dtype | None, max_shard_
         pairs = checker.submit(_pair_problems, plan)  # reads what the merge reads, at the same time
         try:
             described = _write(plan, work, dtype, max_shard_size, pairs)
+        except ValueError:  # such as of NaN, which weights that were changed after the posterior was saved may hold
+            _raise_problems(pairs.result())
+            raise
         finally:
             pairs.cancel()
         _raise_problems(pairs.result())
