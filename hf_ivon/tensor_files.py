@@ -7,8 +7,10 @@ import json
 import math
 import os
 import struct
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,6 +42,7 @@ DTYPES = {
 }
 if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+_FILES_OPEN = 4  # of one `TensorFiles`: there may be more shards than a process may open
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".state")
 
 
@@ -65,6 +68,39 @@ class Entry:
         return math.prod(self.shape)
 
 
+class _File:
+    """A file open for reading, from several threads at once, for as long as it is referred to.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+        if hasattr(os, "preadv"):  # without, as on Windows, each read opens the file: a position cannot be shared
+            self._descriptor = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+
+    def expect(self, offset: int, count: int) -> None:
+        """Let the system begin to read `count` bytes from `offset` on."""
+        if self._descriptor is not None and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, count, os.POSIX_FADV_WILLNEED)
+
+    def read(self, into: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes from `offset` on; an `EOFError` if there are not as many."""
+        while into:
+            if self._descriptor is not None:
+                count = os.preadv(self._descriptor, [into], offset)
+            else:
+                with self._path.open("rb", buffering=0) as file:
+                    file.seek(offset)
+                    count = file.readinto(into)
+            if not count:
+                raise EOFError
+            into, offset = into[count:], offset + count
+
+
 class TensorFiles(Mapping[str, Tensor]):
     """Tensors of one kind in a directory, by name; only headers are read until one is asked for, and nothing is kept.
 
@@ -82,6 +118,7 @@ class TensorFiles(Mapping[str, Tensor]):
     def __init__(self, directory: Path, stem: str, problems: list[str]) -> None:
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, dict[str, str]] = {}
+        self._file = lru_cache(_FILES_OPEN)(_File)  # opening one for each piece would take a sixth of a merge's time
         single = directory / f"{stem}.safetensors"
         expected: dict[str, set[str]] | None = None
         index = directory / f"{single.name}.index.json"
@@ -140,12 +177,9 @@ class TensorFiles(Mapping[str, Tensor]):
     def expect(self, name: str, start: int, stop: int) -> None:
         """Let the system begin to read rows that will be asked for, piece by piece, soon."""
         entry = self.entries[name]
-        if not entry.shape or not hasattr(os, "posix_fadvise"):
-            return
-        row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        with entry.path.open("rb", buffering=0) as file:
-            place = entry.offset + start * row_bytes, (stop - start) * row_bytes
-            os.posix_fadvise(file.fileno(), *place, os.POSIX_FADV_WILLNEED)
+        if entry.shape:
+            row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+            self._file(entry.path).expect(entry.offset + start * row_bytes, (stop - start) * row_bytes)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows of a tensor in its own dtype; a 0-dim tensor counts as one row."""
@@ -157,14 +191,10 @@ class TensorFiles(Mapping[str, Tensor]):
         if not rows.numel():
             return rows
         row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        left = rows.view(-1).view(torch.uint8).numpy().data
-        with entry.path.open("rb", buffering=0) as file:
-            file.seek(entry.offset + start * row_bytes)
-            while left:
-                count = file.readinto(left)
-                if not count:
-                    raise OSError(f"{entry.path} ended while `{name}` was read. Is it being written to?")
-                left = left[count:]
+        try:
+            self._file(entry.path).read(rows.view(-1).view(torch.uint8).numpy().data, entry.offset + start * row_bytes)
+        except EOFError:
+            raise OSError(f"{entry.path} ended while `{name}` was read. Is it being written to?") from None
         return rows
 
 

@@ -7,7 +7,8 @@ The models are random, in the layout of a Llama of 1.5 billion parameters; they 
 command once, in an order of its own, so that all see the same machine and none always finds in memory what another
 has read; medians over the rounds are printed, and `results.json` is written into the work directory. Throughput
 counts what is read and what is written, "to cp" compares it with that of `cp`. As `cp` writes all that it reads, and a
-merge a fraction, "by input" is the time of copying the merge's input files in times of the merge's.
+merge a fraction, "by input" is the time of copying the merge's input files in times of the merge's. A merge ends when
+all is on the disk, and `cp` when the system has taken it: "synced" is "by input" with `cp` and a `sync` of its files.
 """
 
 import argparse
@@ -33,6 +34,7 @@ except ImportError:  # run as a script: this directory is on the path
     import common
 
 WIDTH, INNER, VOCABULARY = 2048, 5504, 32000
+SYNCED = ", synced"
 
 
 def layout(layers: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -116,13 +118,17 @@ def commands(arguments: argparse.Namespace, models: list[Path]) -> dict[str, tup
     for model in models[1:]:
         merge += ["--models", str(model)]
 
-    def cp(pattern: str) -> list[str]:
-        names = [file for model in models[1:] for file in sorted(model.glob(pattern))]
-        return ["sh", "-c", " && ".join(f"cp {file} {out}/{file.parent.name}-{file.name}" for file in names)]
-
     inputs, posteriors = sum(sizes[1:]), sum(widths)
-    found = {
-        "cp": (cp("model*.safetensors"), inputs, inputs),
+    found: dict[str, tuple[list[str], int, int]] = {}
+
+    def add_cp(name: str, pattern: str, count: int) -> None:
+        files = [file for model in models[1:] for file in sorted(model.glob(pattern))]
+        copies = " && ".join(f"cp {file} {out}/{file.parent.name}-{file.name}" for file in files)
+        for ending, then in (("", ""), (SYNCED, f" && sync {out}/*")):
+            found[name + ending] = (["sh", "-c", copies + then], count, count)
+
+    add_cp("cp", "model*.safetensors", inputs)
+    found |= {
         "average": ([*merge, "--method", "average"], inputs, sizes[0]),
         "task-arithmetic": (
             [*merge, "--method", "task-arithmetic", "--base-model", str(models[0])],
@@ -132,7 +138,7 @@ def commands(arguments: argparse.Namespace, models: list[Path]) -> dict[str, tup
     }
     if all(widths):
         uncertainty = [*merge, "--base-model", str(models[0])]
-        found["cp with posteriors"] = (cp("*.safetensors"), inputs + posteriors, inputs + posteriors)
+        add_cp("cp with posteriors", "*.safetensors", inputs + posteriors)
         found["uncertainty"] = (uncertainty, inputs + sizes[0] + posteriors, sizes[0])
     if arguments.mergekit:
         config = arguments.work_dir / "linear.yml"
@@ -153,6 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mergekit", help="the command mergekit-yaml, if it shall run too")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        parser.error(f"argument --rounds: must be at least 1, got {arguments.rounds}")
     models = [arguments.work_dir / name for name in ("base", *(f"model-{i}" for i in range(arguments.num_models)))]
     for seed, model in enumerate(models):
         make_model(model, arguments.layers, seed)
@@ -174,14 +182,15 @@ def main(argv: list[str] | None = None) -> None:
     medians = {name: [statistics.median(column) for column in zip(*runs, strict=True)] for name, runs in found.items()}
     rows = []
     for name, (_, read, written) in todo.items():
-        peer = "cp with posteriors" if name in ("cp with posteriors", "uncertainty") else "cp"
-        (seconds, memory), (copying, _) = medians[name], medians[peer]
+        peer = "cp with posteriors" if name.startswith(("cp with posteriors", "uncertainty")) else "cp"
+        seconds, memory = medians[name]
         _, copied, _ = todo[peer]
         moved = (read + written) / seconds
-        ratios = [moved / (2 * copied / copying), (read / seconds) / (copied / copying)]
+        copying = [copied / medians[peer + ending][0] for ending in ("", SYNCED)]
+        ratios = [moved / (2 * copying[0]), *(read / seconds / c for c in copying)]
         rows.append([name, seconds, moved / 2**30, *ratios, memory])
     common.write_results(str(arguments.work_dir), {"rows": rows, "rounds": found})
-    print(common.table(rows, ["", "seconds", "GiB/s", "to cp", "by input", "peak MiB"]))
+    print(common.table(rows, ["", "seconds", "GiB/s", "to cp", "by input", "synced", "peak MiB"]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 DATA holds the directories that `merge_sentiment.py` reads, and `mrpc`, `qnli` and `qqp` with GLUE's columns. Rows that
 stand in several sentiment sets are in none of the test splits. Both optimizers start from the same weights; what is
-finished is kept. IVON's models stand where `merge_sentiment.py --output_dir out` looks for them, and are merged by it.
+finished is kept. IVON's models stand where `merge_sentiment.py --output_dir out` looks for them, and are merged by it;
+their cards, with the metrics on the test rows, are written into `cards-SEED`.
 
 The table has medians over the seeds: the rank correlation of the learnt Hessian with the exact diagonal, that of two
 halves of the examples (see `curvature_study.py`), and accuracy, NLL and ECE on the test rows with AdamW, with IVON at
@@ -24,6 +25,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from hf_ivon import IVONTrainingArguments, posterior_predict
+from hf_ivon.hub import write_card
+from hf_ivon.hub.card import repositories
 from hf_ivon.json_files import write_json
 
 try:
@@ -102,10 +105,37 @@ def study(arguments: argparse.Namespace, task: str, seed: int, flags: list[str])
                 "rank correlation": measured["layers"]["overall"][2],
                 "of halves": measured["layers"]["overall"][4],
             }
+    describe(arguments, task, seed, flags, found)
     file.parent.mkdir(exist_ok=True)
     write_json(file, found)
     print(f"done: {task}, seed {seed}", file=sys.stderr, flush=True)
     return found
+
+
+def describe(arguments: argparse.Namespace, task: str, seed: int, flags: list[str], found: dict[str, Any]) -> None:
+    """Write the card of IVON's model: how it was trained, and its metrics on the test rows beside AdamW's."""
+    base = arguments.base_model or arguments.model_name_or_path
+    name = f"{Path(base).name.lower()}-{task}-ivon"
+    data, card = arguments.output_dir / "data" / task, arguments.output_dir / f"cards-{seed}" / name
+    train, test = (len((data / f"{s}.jsonl").read_text(encoding="utf-8").splitlines()) for s in ("train", "test"))
+    card.mkdir(parents=True, exist_ok=True)
+    adamw, ivon = found["adamw"]["mean"], found["ivon"]
+    metrics = ", ".join(f"{metric} {adamw[metric]:.3f}" for metric in METRICS)
+    source = arguments.output_dir / f"pretrained-{seed}" / task
+    header = f"base_model: {json.dumps(base)}\n" if repositories([base]) else ""
+    (card / "README.md").write_text(
+        f"---\n{header}library_name: transformers\n---\n\n# {name}\n\n"
+        f"{base} finetuned on {train:,} rows of {task} by `recipes/finetuning_study.py`, seed {seed}, with\n\n"
+        f"    {shlex.join([*shlex.split(arguments.ivon), *flags])}\n\n"
+        f"The rank correlation of its variances' Hessian with the exact diagonal of {arguments.examples} training "
+        f"rows is {ivon['rank correlation']:.3f}.\nAdamW, on the same rows from the same start: {metrics} on the "
+        f"{test} test rows of the table below.\n",
+        encoding="utf-8",
+    )
+    tables = {key: {metric: ivon[key][metric] for metric in METRICS} for key in ("mean", "averaged")}
+    measured = {"data": f"{task}, {test} rows of its test split", **tables, "num_samples": arguments.samples}
+    common.write_results(str(card), measured)
+    write_card(card, name, source=source)
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -131,6 +161,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Finetune on eight datasets with IVON and AdamW.")
     parser.add_argument("--data_dir", required=True, type=Path)
     parser.add_argument("--model_name_or_path", default="roberta-base")
+    parser.add_argument("--base_model", help="what cards call that model, if it is a directory")
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="datasets; all if not given")

@@ -58,6 +58,13 @@ def test_eight_datasets(tmp_path, data, model_dir, capsys):
     assert kept["question1"].startswith("validation"), "the test rows are trained on"
     (tmp_path / "out" / "pretrained-0" / "imdb" / "posterior.safetensors").unlink()  # would be missed if read again
     assert finetuning_study.main(flags) == found
+    (card,) = (tmp_path / "out" / "cards-0").glob("*-qnli-ivon/README.md")
+    measured = found["qnli"]
+    for quality in (measured["ivon"]["mean"], measured["ivon"]["averaged"]):
+        assert f"value: {quality['nll']}" in card.read_text(), "the card has other numbers than the table"
+    assert f"NLL {measured['adamw']['mean']['nll']:.3f}".lower() in card.read_text()
+    assert "--max_steps 2" in card.read_text()
+    assert str(tmp_path) not in card.read_text().split("---")[1], "a path of a machine is no metadata"
     # The models are where the merging recipe looks for them.
     assert (tmp_path / "out" / "pretrained-0" / "sst2" / "results.json").is_file()
 

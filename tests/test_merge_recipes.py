@@ -70,15 +70,22 @@ def test_benchmark_measures_every_command(tmp_path, monkeypatch, capsys):
     flags = ["--work_dir", str(tmp_path), "--layers", "1", "--num_models", "2", "--rounds", "1", "--posteriors"]
     benchmark_merge.main(flags)
     rows = {row[0]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
-    assert list(rows) == ["cp", "average", "task-arithmetic", "cp with posteriors", "uncertainty"]
+    copies = ["cp", "cp, synced", "cp with posteriors", "cp with posteriors, synced"]
+    assert list(rows) == [*copies[:2], "average", "task-arithmetic", *copies[2:], "uncertainty"]
     assert all(seconds > 0 and memory > 1 for _, seconds, *_, memory in rows.values())
     assert rows["cp"][-1] < rows["average"][-1], "the memory is that of another process"
-    for name in ("cp", "cp with posteriors"):
-        assert rows[name][3:5] == [1, 1]
+    for i, name in enumerate(copies):
+        assert rows[name][5 if i % 2 else 4] == 1, "a copy is compared with another one"
     time_of = {name: row[1] for name, row in rows.items()}
     # two models are copied or read, and one is written: copying moves four, averaging three
     assert rows["average"][3] == pytest.approx(3 / 4 * time_of["cp"] / time_of["average"])
     assert rows["average"][4] == pytest.approx(time_of["cp"] / time_of["average"])
+    assert rows["average"][5] == pytest.approx(time_of["cp, synced"] / time_of["average"])
+    read = sum(f.stat().st_size for f in tmp_path.glob("model-*/*.safetensors"))
+    more = (tmp_path / "base" / "model.safetensors").stat().st_size  # which is not copied
+    with_base = (read + more) / read
+    synced = time_of["cp with posteriors, synced"] / time_of["uncertainty"]
+    assert rows["uncertainty"][5] == pytest.approx(with_base * synced)
     assert "peak MiB" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="The command failed: false"):
         benchmark_merge.run(["false"])

@@ -1,10 +1,14 @@
 """Tensors in safetensors files: every dtype that torch has is read, whole and by rows, and another one is named."""
 
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_ivon import Posterior, load_posterior, save_posterior
+from hf_ivon import Posterior, load_posterior, save_posterior, tensor_files
 from hf_ivon.tensor_files import TensorFiles
 from tests import tiny
 
@@ -43,3 +47,39 @@ def test_a_dtype_that_is_not_read_is_named(tmp_path):
     files = TensorFiles(tmp_path, "model", problems)
     assert list(files) == ["c"]
     assert problems == ["model.safetensors holds tensors of the dtype F4, which is not read"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_few_files_are_open_at_once_and_none_after(tmp_path, monkeypatch, shared):
+    """Shards of a large model are more than a process may open; one closed under a thread would give another's rows.
+
+    Without reads at a position, as on Windows, where an open file cannot be replaced, none is kept open.
+    """
+    values = {f"{i}": torch.arange(64.0).reshape(8, 8) + 100 * i for i in range(6)}
+    for name, value in values.items():
+        save_file({name: value}, tmp_path / f"model-{name}.safetensors")
+    index = {"weight_map": {name: f"model-{name}.safetensors" for name in values}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(tensor_files, "_FILES_OPEN", 2)
+    if not shared:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    opened, closed = [], []
+    monkeypatch.setattr(tensor_files.os, "close", lambda fd, close=os.close: closed.append(close(fd)))
+    monkeypatch.setattr(tensor_files.os, "open", lambda *args, start=os.open: [opened.append(1), start(*args)][1])
+    problems = []
+    files = TensorFiles(tmp_path, "model", problems)
+    assert not problems
+
+    def read(i):
+        name, start = f"{i * 5 % 6}", i % 8
+        return torch.equal(files.rows(name, start, start + 1), values[name][start : start + 1])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(200)))
+    assert len(opened) > 6 if shared else not opened
+    assert len(opened) - len(closed) == (2 if shared else 0)
+    part = files.part(["3"])
+    files = None
+    assert torch.equal(part.rows("3", 0, 8), values["3"])
+    part = None
+    assert len(opened) == len(closed), "a file stays open"
