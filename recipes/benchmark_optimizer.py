@@ -5,7 +5,10 @@ to fused AdamW. Beside them stand two floors: copying the bytes that a step must
 and one `torch.randn` of the model's size.
 
     python recipes/benchmark_optimizer.py --output_dir bench --models gpt2 minilm tiny lora
-    python recipes/benchmark_optimizer.py --output_dir bench --models gpt2 --whole_step --rounds 3
+    python recipes/benchmark_optimizer.py --output_dir bench --models gpt2 minilm lora --whole_step --rounds 3
+
+`results.json`, `table.md` and, if matplotlib is installed, `bench.png` are written into the output directory. Whole
+steps are forward, backward and step of GPT-2, of MiniLM as a classifier, and of GPT-2 with LoRA of rank 8.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +134,7 @@ class OptimizerOnly:
 
 
 class WholeStep:
-    """Forward, backward and step of GPT-2."""
+    """Forward, backward and step of a model."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, contexts: int, options: argparse.Namespace):
         from contextlib import nullcontext
@@ -138,8 +142,11 @@ class WholeStep:
         self.optimizer, self.model, self.contexts = optimizer, model, contexts
         self.device = next(model.parameters()).device.type
         self.bf16 = options.bf16
-        batch = torch.randint(0, 50257, (options.batch_size, options.block_size), device=self.device)
-        self.batch = {"input_ids": batch, "labels": batch}
+        config: Any = model.config
+        shape = (options.batch_size, options.block_size)
+        tokens = torch.randint(0, config.vocab_size, shape, device=self.device)
+        is_classifier = config.model_type == "bert"
+        self.batch = {"input_ids": tokens, "labels": tokens[:, 0] % 2 if is_classifier else tokens}
         self.context = getattr(optimizer, "sampled_params", lambda train: nullcontext())
 
     def run(self) -> float:
@@ -162,6 +169,27 @@ def gpt2(device: str) -> nn.Module:
 
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)).to(device)
+
+
+def minilm(device: str) -> nn.Module:
+    """Return a classifier in MiniLM's shapes, untrained, without dropout."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertForSequenceClassification(config).to(device)
+
+
+def lora(device: str) -> nn.Module:
+    """Return GPT-2 with LoRA of rank 8 on the attention's first projections."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = gpt2(device)
+    return get_peft_model(model, LoraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True))
+
+
+WHOLE: dict[str, Callable[[str], nn.Module]] = {"gpt2": gpt2, "minilm": minilm, "lora": lora}
 
 
 def memory(model: str, optimizer: str, contexts: int) -> float:
@@ -206,8 +234,9 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[dict]:
     made = optimizers(options.optimizers)
     for optimizer_name, make in made.items():
         if options.whole_step:
-            model = gpt2(device)
-            steps[optimizer_name] = WholeStep(make(list(model.parameters())), model, options.contexts, options)
+            model = WHOLE[name](device)
+            trained = make([p for p in model.parameters() if p.requires_grad])
+            steps[optimizer_name] = WholeStep(trained, model, options.contexts, options)
         else:
             params = parameters(SHAPES[name](), device)
             steps[optimizer_name] = OptimizerOnly(make(params), params, options.contexts)
@@ -260,6 +289,28 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[dict], path: Path) -> None:
+    """Draw how long each optimizer takes, one axes for each model, fused AdamW and the floors among them."""
+    from hf_ivon.plots.axes import INK, STYLES, new_figure, save
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    most = max(sum(row["model"] == model for row in rows) for model in models)
+    figure, all_axes = new_figure(width=7.0, height=0.6 + len(models) * (0.8 + 0.22 * most), rows=len(models))
+    for axes, model in zip(all_axes, models, strict=True):
+        of_model = [row for row in rows if row["model"] == model][::-1]
+        colours = [STYLES["ivon" in row["optimizer"]][0] for row in of_model]
+        for place, (row, colour) in enumerate(zip(of_model, colours, strict=True)):
+            axes.plot(row["median_ms"], place, "o", color=colour)
+            if (ratio := row.get("to_fused_adamw")) is not None:
+                where = {"xytext": (7, -3), "textcoords": "offset points", "color": INK, "fontsize": 8}
+                axes.annotate(f"{ratio:.2f}", (row["median_ms"], place), **where)
+        axes.set_yticks(range(len(of_model)), [row["optimizer"] for row in of_model])
+        axes.set_xscale("log")
+        axes.set_title(f"{model}, {rows[0]['what']}: ms, and the ratio to fused AdamW", loc="left", color=INK)
+        axes.tick_params(labelbottom=True)
+    save(figure, path)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -268,15 +319,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--optimizers", nargs="+", default=[], help="names as in the table; all if not given")
     parser.add_argument("--contexts", type=int, default=1, help="micro-batches of a step, each with its own sample")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds; the median is reported")
-    parser.add_argument("--whole_step", action="store_true", help="forward and backward too, of GPT-2")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--block_size", type=int, default=256)
+    parser.add_argument("--whole_step", action="store_true", help="forward and backward too")
+    parser.add_argument("--batch_size", type=int, default=4, help="texts in a micro-batch of a whole step")
+    parser.add_argument("--block_size", type=int, default=256, help="tokens in each")
     parser.add_argument("--bf16", action="store_true", help="autocast to bf16 in the whole step")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    if options.whole_step and options.models != ["gpt2"]:
-        parser.error("`--whole_step` is measured with GPT-2. Leave `--models` out.")
+    if options.whole_step and (other := [name for name in options.models if name not in WHOLE]):
+        parser.error(f"`--whole_step` is measured with {', '.join(WHOLE)}, got {other[0]}. Take it out of `--models`.")
     logging.basicConfig(level=logging.WARNING)
     rows: list[dict] = []
     for name in options.models:
@@ -287,6 +338,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     write_results(str(options.output_dir), {"machine": machine, "rows": rows})
     (options.output_dir / "table.md").write_text(table(rows) + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        draw(rows, options.output_dir / "bench.png")
     print(table(rows))
     print(json.dumps(machine))
 
