@@ -8,7 +8,7 @@ import math
 import os
 import struct
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -42,7 +42,7 @@ DTYPES = {
 }
 if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
-_FILES_OPEN = 4  # of one `TensorFiles`: there may be more shards than a process may open
+_FILES_OPEN = 4  # of one `TensorFiles`; there may be more shards than files that a process may open
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".state")
 
 
@@ -101,6 +101,11 @@ class _File:
             into, offset = into[count:], offset + count
 
 
+def _keep_open() -> Callable[[Path], _File]:
+    """Return what opens files and keeps the last few: to open one for each piece takes a sixth of a merge's time."""
+    return lru_cache(_FILES_OPEN)(_File)
+
+
 class TensorFiles(Mapping[str, Tensor]):
     """Tensors of one kind in a directory, by name; only headers are read until one is asked for, and nothing is kept.
 
@@ -118,7 +123,7 @@ class TensorFiles(Mapping[str, Tensor]):
     def __init__(self, directory: Path, stem: str, problems: list[str]) -> None:
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, dict[str, str]] = {}
-        self._file = lru_cache(_FILES_OPEN)(_File)  # opening one for each piece would take a sixth of a merge's time
+        self._file = _keep_open()
         single = directory / f"{stem}.safetensors"
         expected: dict[str, set[str]] | None = None
         index = directory / f"{single.name}.index.json"
@@ -167,6 +172,12 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_file"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _file=_keep_open())  # a copy, or another process, opens its own
 
     def part(self, names: Iterable[str]) -> Self:
         """Return the same files with some of their tensors only."""

@@ -1,5 +1,6 @@
 """A posterior without a second copy of the model: read when used, drawn tensor by tensor, restricted, moved."""
 
+import pickle
 import shutil
 import weakref
 from collections.abc import Mapping
@@ -51,6 +52,15 @@ def reads(monkeypatch):
 
     monkeypatch.setattr(TensorFiles, "__getitem__", recorded)
     return names
+
+
+def test_another_process_can_be_given_a_posterior_that_is_read_when_used(saved):
+    """A pool of processes that predict would end in a PicklingError."""
+    directory, _, posterior = saved
+    given = pickle.loads(pickle.dumps(Posterior.from_pretrained(directory)))
+    assert given.names() == posterior.names()
+    for name in given.names():
+        assert torch.equal(given.std(name), posterior.std(name))
 
 
 class OneAtATime(Mapping):
