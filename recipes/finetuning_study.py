@@ -133,7 +133,8 @@ def describe(arguments: argparse.Namespace, task: str, seed: int, flags: list[st
         encoding="utf-8",
     )
     tables = {key: {metric: ivon[key][metric] for metric in METRICS} for key in ("mean", "averaged")}
-    measured = {"data": f"{task}, {test} rows of its test split", **tables, "num_samples": arguments.samples}
+    split = "validation" if task in GLUE else "test"
+    measured = {"data": f"{task}, {test} rows of its {split} split", **tables, "num_samples": arguments.samples}
     common.write_results(str(card), measured)
     write_card(card, name, source=source)
 

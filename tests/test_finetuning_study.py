@@ -59,6 +59,7 @@ def test_eight_datasets(tmp_path, data, model_dir, capsys):
     (tmp_path / "out" / "pretrained-0" / "imdb" / "posterior.safetensors").unlink()  # would be missed if read again
     assert finetuning_study.main(flags) == found
     (card,) = (tmp_path / "out" / "cards-0").glob("*-qnli-ivon/README.md")
+    assert "8 rows of its validation split" in card.read_text(), "GLUE has no labels for its test split"
     measured = found["qnli"]
     for quality in (measured["ivon"]["mean"], measured["ivon"]["averaged"]):
         assert f"value: {quality['nll']}" in card.read_text(), "the card has other numbers than the table"
