@@ -56,7 +56,7 @@ class GradientCapture:
         self._sharded: list[Tensor] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._groups = replicas.GroupGradients()
-        weakref.finalize(self, _remove_all, self._handles)
+        weakref.finalize(self, windows.remove_all, self._handles)
         self._at_mean: set[Tensor] = set()
         self._stale = Gradients([])
         self.clear()
@@ -135,13 +135,9 @@ class GradientCapture:
             return
         grads = {p: p.grad for p in context.late if p.grad is not None}
         changed = any(context.late[p] != (id(g), g._version) and not g._is_view() for p, g in grads.items())
-        if changed and not self.squared:
+        if changed:
             self._late = False
-            logger.warning(
-                "Gradients were changed inside `sampled_params(train=True)` after the backward pass, and the Hessian "
-                "of this step is of the changed ones. From now on they are read in the backward pass, which takes one "
-                "more buffer of the model's size; to save it, clip or scale gradients after the `with` block."
-            )
+            logger.warning(windows.CHANGED_SQUARES if self.squared else windows.CHANGED)
         self._buffers.update(self._sampler.take_products(grads, context.inverse_scale, self.squared))
         self._started.update(grads)
 
@@ -173,11 +169,11 @@ class GradientCapture:
         self.captured |= context.accumulated
         self.contexts += 1
 
-    def zero_grad(self, set_to_none: bool) -> bool:
+    def zero_grad(self, set_to_none: bool, mc_samples: int) -> bool:
         """Note that the optimizer is about to clear its gradients.
 
         Returns:
-            Whether an unfinished window was dropped (cleared outside a training context).
+            Whether an unfinished window was dropped: cleared outside a training context, or skipped by a scaler.
 
         Raises:
             RuntimeError: If this context has gradients already, and earlier contexts have too.
@@ -195,6 +191,10 @@ class GradientCapture:
             context.accumulated.clear()
             context.late.clear()
             self._started.clear()
+        elif self.contexts % mc_samples == 0 and windows.overflowed(context):
+            dropped = True
+            self.clear()
+            context.before = {}
         elif self.contexts:
             context.zeroed = True
             # Zeroed in place, or views on a buffer that the next backward pass writes to: keep the earlier gradients.
@@ -392,8 +392,3 @@ class GradientCapture:
                 squared = grad.to(total.dtype).mul(context.inverse_scale).square_()
                 _ = total.add_(squared) if keep else total.copy_(squared)
             self._started.add(p)
-
-
-def _remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()

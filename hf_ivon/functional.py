@@ -197,7 +197,7 @@ def average_hess(hess: Tensor, hess_hat: Tensor, *, decay: float) -> Tensor:
         decay: Decay of the average in [0, 1), see `debiased_decay`.
 
     Returns:
-        New Hessian estimate, shape of `hess`.
+        New Hessian estimate, shape of `hess`, at least 1e-30: without a prior the variance must stay finite.
 
     Source:
         arXiv:2402.17641, Appendix B.2 (squared gradients), times the batch size, and without the term of Equation 4
@@ -207,7 +207,7 @@ def average_hess(hess: Tensor, hess_hat: Tensor, *, decay: float) -> Tensor:
         >>> average_hess(torch.tensor([1.0]), torch.tensor([4.0]), decay=0.5)
         tensor([2.5000])
     """
-    return (hess_hat - hess).mul_(1.0 - decay).add_(hess)
+    return (hess_hat - hess).mul_(1.0 - decay).add_(hess).clamp_min_(_ABSOLUTE_FLOOR)
 
 
 def newton_direction(

@@ -264,9 +264,9 @@ class IVON(torch.optim.Optimizer):
         Raises:
             RuntimeError: If the context has gradients already, on top of those of earlier contexts.
         """
-        if self._capture.zero_grad(set_to_none):
+        if self._capture.zero_grad(set_to_none, self._mc_samples()):
             self._advance_window()
-            if not self._warned_dropped:
+            if not self._inside and not self._warned_dropped:
                 self._warned_dropped = True
                 logger.warning(windows.DROPPED)
         super().zero_grad(set_to_none)

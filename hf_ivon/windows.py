@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 MIXED = (
@@ -32,6 +33,15 @@ SHARDED_SAMPLES = (
 AUTOGRAD_GRAD = (
     "`torch.autograd.grad` with respect to parameters was called inside `sampled_params(train=True)`; its gradients "
     "cannot be told from those of the training loss. Call `loss.backward()` here, and `torch.autograd.grad` outside."
+)
+CHANGED = (
+    "Gradients were changed inside `sampled_params(train=True)` after the backward pass, and the Hessian of this step "
+    "is of the changed ones. From now on they are read in the backward pass, which takes one more buffer of the "
+    "model's size; to save it, clip or scale gradients after the `with` block."
+)
+CHANGED_SQUARES = (
+    "Gradients were changed inside `sampled_params(train=True)` after the backward pass, and the Hessian is of the "
+    "squares of the changed ones, in this step and in others. Clip or scale gradients after the `with` block."
 )
 DROPPED = (
     "`zero_grad()` outside of `sampled_params` dropped gradients that no `step()` had used. That is right after a "
@@ -84,6 +94,18 @@ class Gradients:
         if self._by_parameter is None:
             self._by_parameter = {q: which for q, *which in zip(*self._seen, strict=True)}
         return self._by_parameter.get(p) == [id(p.grad), p.grad._version]
+
+
+def overflowed(context: Context) -> bool:
+    """Tell whether earlier gradients of a window are not finite, so that a gradient scaler has skipped their step."""
+    scaled = isinstance(context.inverse_scale, Tensor) or context.inverse_scale != 1.0
+    return scaled and not all(bool(torch.isfinite(grad).all()) for grad, _ in context.before.values())
+
+
+def remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    """Take hooks off their parameters."""
+    for handle in handles:
+        handle.remove()
 
 
 def average_loss(losses: Sequence[Any], averaged: bool | None) -> Any:

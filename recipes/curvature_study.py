@@ -1,7 +1,7 @@
 """Finetune with IVON and compare the Hessian that it learnt with the exact diagonal at the mean.
 
     python recipes/curvature_study.py --examples 512 --samples 16 64 -- --task_name sst2 --output_dir out \
-        --model_name_or_path roberta-base --ivon_hess_approx fisher
+        --model_name_or_path roberta-base --ivon_preset finetuning
 
     python recipes/curvature_study.py --recipe run_clm --examples 256 --samples 16 -- --output_dir out --max_steps 600
 
@@ -194,6 +194,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         _, data, args = common.parse_args(
             (run_clm.ModelArguments, run_clm.DataArguments, IVONTrainingArguments), flags
         )
+        if data.streaming:
+            raise common.RecipeError("`streaming` must be left out: the examples of the exact diagonal are chosen.")
         recipe, title, finished = run_clm, "text", partial(language_model, data, args)
     else:
         glue, args = common.parse_args((run_glue.GlueArguments, IVONTrainingArguments), flags)

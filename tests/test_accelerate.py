@@ -234,3 +234,39 @@ def test_the_trainer_passes_the_scale_on(tmp_path):
     for p, q in zip(plain.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(p, q)
         assert torch.equal(plain.ivon.state[p]["hess"], trainer.ivon.state[q]["hess"])
+
+
+@pytest.mark.parametrize("hess_approx", ["price", "fisher"])
+def test_an_overflow_does_not_reach_the_next_step_where_gradients_are_zeroed_inside(hess_approx):
+    """The first overflow, which a scaler's start value is for, would make all later averages infinite."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = IVON([p], lr=0.1, ess=100.0, hess_approx=hess_approx, batch_size=1.0, weight_decay=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    draws = []
+    for step in range(10):
+        with optimizer.sampled_params(train=True, grad_scale=scaler.get_scale()):
+            draws.append(float(p[0]))
+            optimizer.zero_grad()
+            scaler.scale((p * 2).sum() * (float("inf") if step == 1 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert int(optimizer.state[p]["step"]) == 9
+    assert scaler.get_scale() == 512.0
+    assert torch.isfinite(optimizer.state[p]["hess"]).all()
+    assert len(set(draws)) == len(draws), "the noise of the skipped step came again"
+
+
+def test_an_overflow_in_one_of_several_samples_skips_their_step():
+    """Dropped alone, it would leave a step of fewer samples than `mc_samples`, which is an error."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = IVON([p], lr=0.1, ess=100.0, mc_samples=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    for step in range(4):
+        for sample in range(2):
+            with optimizer.sampled_params(train=True, grad_scale=scaler.get_scale()):
+                optimizer.zero_grad()
+                scaler.scale((p * 2).sum() * (float("inf") if (step, sample) == (1, 0) else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert int(optimizer.state[p]["step"]) == 3
+    assert scaler.get_scale() == 512.0

@@ -159,6 +159,8 @@ def test_optim_args_fill_the_same_options():
         ({"ivon_preset": "finetuning", "ivon_prior_on": "decay"},
          r"`ivon_prior_on` must be 'all' with hess_approx='fisher' \(presets finetuning and averaging\), got 'decay'"),
         ({"optim_args": "preset=averaging,prior_on=decay"}, r"`prior_on` must be 'all' with hess_approx='fisher'"),
+        ({"ivon_preset": "finetuning", "weight_decay": 0.0},
+         r"`weight_decay` must be above 0 with hess_approx='fisher' .* leave --weight_decay out"),
         ({"ivon_preset": "fast"}, r"`preset` must be one of paper, finetuning, averaging, pretraining, got 'fast'"),
         ({"ivon_hess_init": 0.1, "ivon_relative_sigma": 0.1},
          r"`relative_sigma` must be left out where `hess_init` is given, got 0.1 and 0.1: it sets that"),

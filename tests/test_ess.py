@@ -221,6 +221,16 @@ def test_relative_sigma_is_the_widest_sigma(tmp_path, approx):
     assert made.ivon.param_groups[0]["weight_decay"] == group["weight_decay"]
 
 
+def test_a_prior_that_lets_the_noise_destroy_the_model_is_warned_of(tmp_path, caplog):
+    """AdamW's weight decay, or "tiny", beside the preset: the noise would soon be wider than the weights."""
+    for weight_decay, warned in ((1e-6, True), (1e4, False)):
+        caplog.clear()
+        settings = {"ivon_preset": "finetuning", "weight_decay": weight_decay, "ivon_ess": None, "ivon_beta2": None}
+        made = trainer(tmp_path, tiny.bert(), tiny.sentences(24), **settings, ivon_hess_init=None)
+        made.create_optimizer()
+        assert any("training will destroy the model" in r for r in caplog.messages) == warned
+
+
 def test_the_averaging_preset_averages_over_more_than_it_trains_with(tmp_path):
     """Averaged predictions would be those of the narrow posterior of training, which are the mean's."""
     model = tiny.bert()

@@ -241,6 +241,21 @@ def test_gradients_clipped_inside_the_block_are_noticed_and_then_kept_out_of_the
     assert [r.message for r in caplog.records if "changed inside" in r.message] == [caplog.records[0].message]
 
 
+@pytest.mark.parametrize("hess_approx", ["gradsq", "fisher"])
+def test_gradients_clipped_inside_the_block_are_said_to_change_their_squares(caplog, hess_approx):
+    """The Hessian would be a hundred times too small in every step, and so the noise ten times too wide, silently."""
+    p = nn.Parameter(torch.ones(30))
+    optimizer = IVON([p], lr=0.1, ess=50.0, hess_approx=hess_approx, batch_size=1.0, weight_decay=0.1)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            optimizer.zero_grad()
+            with optimizer.sampled_params(train=True):
+                p.square().sum().backward()
+                p.grad.mul_(0.1)
+            optimizer.step()
+    assert ["squares of the changed ones" in r.message for r in caplog.records] == [True]
+
+
 def test_a_shard_has_its_part_of_the_noise_where_passes_are_compiled(monkeypatch):
     """Counted from the shard's beginning, all processes would draw the same noise for different weights."""
     p = nn.Parameter(torch.zeros(4 * COMPILED_SIZE))

@@ -120,3 +120,22 @@ def test_a_checkpoint_without_state_is_told(tmp_path, caplog):
     caplog.clear()
     run(tmp_path, full(), resume=str(tmp_path / "checkpoint-6"), max_steps=7)
     assert "holds no state" not in caplog.text
+
+
+def test_a_resumed_run_says_which_options_it_keeps(tmp_path, caplog):
+    """A run resumed with another preset would go on with the old options, and log the new ones."""
+    preset = {"ivon_preset": "finetuning", "weight_decay": None, "ivon_hess_init": None, "ivon_beta2": None}
+    run(tmp_path / "a", full(), max_steps=3, **preset)
+    checkpoint = str(tmp_path / "a" / "checkpoint-3")
+    caplog.clear()
+    same = run(tmp_path / "same", full(), resume=checkpoint, **preset)
+    assert not [r for r in caplog.messages if "keeps the options" in r]
+    paper = {"ivon_beta1": 0.8, "ivon_eval_ess_scale": 0.5, "weight_decay": 1e-3}
+    other = run(tmp_path / "other", full(), resume=checkpoint, **paper)
+    (said,) = [r for r in caplog.messages if "keeps the options" in r]
+    assert "hess_approx=fisher (and not price)" in said
+    assert "beta1=0.9 (and not 0.8)" in said
+    group = other.ivon.param_groups[0]
+    assert group["eval_ess_scale"] == 0.5, "predictions do not follow what was asked for"
+    assert group["batch_size"] == same.ivon.param_groups[0]["batch_size"]
+    assert other._step_size is not None, "squared gradients of smaller batches would count as those of the first"

@@ -265,6 +265,14 @@ class IVONTrainingArguments(TrainingArguments):
                 "`weight_decay` must be given with this preset where `relative_sigma` does not set it, that is where "
                 "that is 0 or `hess_approx` is not 'fisher', got None. Pass --weight_decay."
             )
+        # In the arguments of Transformers 0 is what nobody has set, and the preset's takes its place.
+        own = isinstance(self, IVONTrainingArguments)
+        if own and options["hess_approx"] == "fisher" and self.weight_decay == 0:
+            raise ValueError(
+                "`weight_decay` must be above 0 with hess_approx='fisher' (presets finetuning and averaging), got 0. "
+                "That estimator forgets hess_init, and nothing would bound the noise of weights without a prior: "
+                "leave --weight_decay out, so that the preset sets it, or set hess_approx='price'."
+            )
         for key in ("preset", "learning_rate", "weight_decay"):
             del options[key]
         if options["seed"] is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 logger = logging.getLogger(__name__)
+
+_RESUMED = ("hess_approx", "ess", "hess_init", "weight_decay", "beta1", "beta2", "clip_radius", "mc_samples")
 
 _MAX_EXAMPLES = 1000
 _BATCH = 8
@@ -136,9 +138,7 @@ def precision_of_sigma(model: nn.Module, options: Mapping[str, Any]) -> dict[str
         ValueError: If all trained weights are zero, or the prior alone is narrower.
     """
     relative, ess, weight_decay = (options[name] for name in ("relative_sigma", "ess", "weight_decay"))
-    weights = [p for p in model.parameters() if p.requires_grad]
-    squares = sum(float(distributed.full(p).double().square().sum()) for p in weights)
-    sigma = relative * (squares / sum(p.numel() for p in weights)) ** 0.5
+    sigma = relative * _root_mean_square(model)
     if sigma == 0:
         raise ValueError(
             f"`ivon_relative_sigma` must be 0 with trained weights that are all zero, got {relative}. Set "
@@ -157,6 +157,33 @@ def precision_of_sigma(model: nn.Module, options: Mapping[str, Any]) -> dict[str
     name, value = next(iter(found.items()))
     logger.info("relative_sigma=%g: sigma %.2g at most, %s %.3g.", relative, sigma, name, value)
     return found
+
+
+def _root_mean_square(model: nn.Module) -> float:
+    """Return that of the trained weights."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    squares = sum(float(distributed.full(p).double().square().sum()) for p in weights)
+    return float((squares / sum(p.numel() for p in weights)) ** 0.5)
+
+
+def check_fisher_sigma(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Warn if the noise of weights without curvature, which the prior alone bounds, is wider than the weights are.
+
+    Args:
+        model: The model, with the weights that training starts from.
+        options: IVON's; `hess_approx`, `ess` and `weight_decay` are read.
+    """
+    sigma, typical = (options["ess"] * options["weight_decay"]) ** -0.5, _root_mean_square(model)
+    if options["hess_approx"] == "fisher" and sigma > typical > 0:
+        logger.warning(
+            "With ess=%g and weight_decay=%g the noise of a weight without curvature is %.2g, and the root mean "
+            "square of the trained weights is %.2g: training will destroy the model. Pass a larger --weight_decay, or "
+            "--ivon_preset finetuning without one, which sets it by the weights.",
+            options["ess"],
+            options["weight_decay"],
+            sigma,
+            typical,
+        )
 
 
 def resolve_batch_size(trainer: Trainer, size: TrainingSize | None, options: Mapping[str, Any]) -> float:
@@ -232,3 +259,30 @@ def untouched_randomness(device: torch.device | None = None) -> Generator[None, 
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def settle_resumed(
+    asked: Sequence[Mapping[str, Any]], groups: Sequence[dict[str, Any]], options: Mapping[str, Any]
+) -> None:
+    """Say which options a resumed run keeps of its checkpoint though others are asked for.
+
+    `eval_ess_scale`, which training does not depend on, becomes what is asked for.
+
+    Args:
+        asked: Groups of the optimizer before the state was loaded.
+        groups: The groups now. Written to.
+        options: What the arguments say; `relative_sigma` is read.
+    """
+    # What that stands for follows from the weights of the first start.
+    derived = ("hess_init", "weight_decay") if options["relative_sigma"] else ()
+    kept = {}
+    for before, group in zip(asked, groups, strict=True):
+        group["eval_ess_scale"] = before["eval_ess_scale"]
+        for name in _RESUMED:
+            if name not in derived and before[name] != group[name]:
+                kept[name] = f"{name}={group[name]} (and not {before[name]})"
+    if kept:
+        logger.warning(
+            "A resumed run keeps the options of its checkpoint: %s. For others, start a new one.",
+            ", ".join(kept.values()),
+        )

@@ -27,7 +27,15 @@ from hf_ivon.optim import IVON
 from hf_ivon.posterior import Posterior
 from hf_ivon.training.accelerate import grad_scale, unwrap_ivon
 from hf_ivon.training.arguments import IVONTrainingArguments, check_supported, preset_of
-from hf_ivon.training.ess import TrainingSize, precision_of_sigma, resolve_batch_size, resolve_ess, training_size
+from hf_ivon.training.ess import (
+    TrainingSize,
+    check_fisher_sigma,
+    precision_of_sigma,
+    resolve_batch_size,
+    resolve_ess,
+    settle_resumed,
+    training_size,
+)
 from hf_ivon.training.evaluation import EvaluationMixin
 from hf_ivon.training.loss import StepSize, check_loss_scale
 
@@ -144,10 +152,14 @@ class IVONTrainerMixin(EvaluationMixin):
         options["weight_decay"] = self.args.weight_decay
         if options["relative_sigma"]:
             options |= precision_of_sigma(model, options)
+        elif options["weight_decay"]:
+            check_fisher_sigma(model, options)
         if without_prior:
+            flat = "" if options["hess_approx"] == "fisher" else ", tiny for a flat prior"
             logger.warning(
-                "The prior precision `weight_decay` is set to %.3g. Pass a --weight_decay, tiny for a flat prior.",
+                "The prior precision `weight_decay` is set to %.3g. Pass a --weight_decay for another one%s.",
                 options["weight_decay"],
+                flat,
             )
         del options["relative_sigma"], options["temperature"]
         return options
@@ -263,7 +275,9 @@ class IVONTrainerMixin(EvaluationMixin):
         ivon = self.ivon
         assert ivon is not None  # asked before
         group = ivon.param_groups[0]
-        values = {"learning_rate": self.args.learning_rate} | {name: group[name] for name in _CARD_SETTINGS}
+        values = {"learning_rate": group.get("initial_lr", self.args.learning_rate)} | {
+            name: group[name] for name in _CARD_SETTINGS
+        }
         training = {name: value if math.isfinite(value) else "inf" for name, value in values.items()}
         try:
             write_card(
@@ -273,9 +287,19 @@ class IVONTrainerMixin(EvaluationMixin):
             logger.warning("The model card is written without the posterior: %s", err)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the optimizer's state as the base class does, which says nothing where there is none."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        """Load the optimizer's state as the base class does, which says nothing where there is none.
+
+        As with every optimizer its options are loaded too; what only predictions depend on is as it is asked for now.
+        """
         ivon = self.ivon
+        asked = [] if ivon is None else [dict(group) for group in ivon.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and ivon is not None:
+            options = IVONTrainingArguments.ivon_options(self.args)
+            settle_resumed(asked, ivon.param_groups, options)
+            by_step = options["batch_size"] == "auto" and ivon.param_groups[0]["hess_approx"] == "fisher"
+            if by_step != (self._step_size is not None) and self._size is not None:
+                self._step_size = StepSize(self._size) if by_step else None
         if checkpoint is not None and ivon is not None and not any("hess" in s for s in ivon.state.values()):
             logger.warning(
                 "%r holds no state of the optimizer (`save_only_model`), so that only the weights are resumed: the "
