@@ -67,7 +67,7 @@ def estimate_posterior(
     Source:
         Daheim et al., arXiv:2310.12808, Section 4 (squared gradients of single examples, labels from the model).
     """
-    check_settings(estimator, weight_decay)
+    check_settings(estimator, weight_decay, train_size, scale)
     params = {name: p for name, p in posterior_keys(model).items() if p.requires_grad}
     if not params:
         raise ValueError("The model must have parameters that require gradients, got none. Unfreeze some.")
@@ -85,13 +85,13 @@ def estimate_posterior(
     if not units:
         raise ValueError("`data` must hold examples that count, got none. Check the split, and its labels.")
     hess = {name: total.float().cpu().div_(units) for name, total in totals.sums().items()}
-    size = train_size or round(units * scale)
+    size = train_size or max(1, round(units * scale))
     average = sum(float(h.double().sum()) for h in hess.values()) / sum(h.numel() for h in hess.values())
     config = PosteriorConfig(
         ess=float(size),
         weight_decay=weight_decay,
         hess_init=max(average, 1e-30),
-        num_examples=round(examples * scale) if of_tokens else size,
+        num_examples=max(1, round(examples * scale)) if of_tokens else size,
         num_tokens=size if of_tokens else None,
         steps=0,
         betas=(0.0, 0.0),
@@ -105,14 +105,20 @@ def estimate_posterior(
     return Posterior(variance, config)
 
 
-def check_settings(estimator: str, weight_decay: float) -> None:
-    """Raise a `ValueError` for an unknown estimator, or a weight decay that is not positive and finite."""
+def check_settings(estimator: str, weight_decay: float, train_size: int | None = None, scale: float = 1.0) -> None:
+    """Raise a `ValueError` for an unknown estimator, or a number that is not positive and finite."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATORS)}, got {estimator!r}. Choose one.")
     if not 0 < weight_decay < math.inf:
         raise ValueError(
             f"`weight_decay` must be positive and finite, got {weight_decay!r}. It keeps the variances finite."
         )
+    if train_size is not None and not 0 < train_size < math.inf:
+        raise ValueError(
+            f"`train_size` must be positive and finite, got {train_size!r}. Leave it out to count what is in `data`."
+        )
+    if not 0 < scale < math.inf:
+        raise ValueError(f"`scale` must be positive and finite, got {scale!r}. 1 takes `data` for all there was.")
 
 
 class _Totals:
@@ -160,10 +166,16 @@ def single_examples(
 
     Yields:
         The model's arguments for one example, and its labels if there are some.
+
+    Raises:
+        ValueError: If a batch holds no tensors beside labels.
     """
     for batch in data:
-        tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+        # Tensors without dimensions, such as a count, are of no example.
+        tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and v.dim()}
         labels = tensors.pop("labels", None)
+        if not tensors:
+            raise ValueError("Each batch must hold tensors of the model's arguments, got none. Check the data.")
         for i in range(len(next(iter(tensors.values())))):
             one = {k: v[i : i + 1] for k, v in tensors.items()}
             target = None if labels is None else labels[i : i + 1]

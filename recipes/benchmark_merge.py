@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -55,6 +56,7 @@ def make_model(directory: Path, layers: int, seed: int) -> None:
     if (directory / "config.json").is_file():
         return
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / "model.safetensors").unlink(missing_ok=True)  # of a run that was interrupted
     generator = torch.Generator().manual_seed(seed)
     tensors = layout(layers)
     with Writer(directory, "model", tensors, {"format": "pt"}, 2**62) as writer:
@@ -123,8 +125,9 @@ def commands(arguments: argparse.Namespace, models: list[Path]) -> dict[str, tup
 
     def add_cp(name: str, pattern: str, count: int) -> None:
         files = [file for model in models[1:] for file in sorted(model.glob(pattern))]
-        copies = " && ".join(f"cp {file} {out}/{file.parent.name}-{file.name}" for file in files)
-        for ending, then in (("", ""), (SYNCED, f" && sync {out}/*")):
+        pairs = ((str(file), str(out / f"{file.parent.name}-{file.name}")) for file in files)
+        copies = " && ".join(shlex.join(["cp", *pair]) for pair in pairs)
+        for ending, then in (("", ""), (SYNCED, f" && sync {shlex.quote(str(out))}/*")):
             found[name + ending] = (["sh", "-c", copies + then], count, count)
 
     add_cp("cp", "model*.safetensors", inputs)
@@ -142,7 +145,7 @@ def commands(arguments: argparse.Namespace, models: list[Path]) -> dict[str, tup
         found["uncertainty"] = (uncertainty, inputs + sizes[0] + posteriors, sizes[0])
     if arguments.mergekit:
         config = arguments.work_dir / "linear.yml"
-        parts = "".join(f"  - model: {m}\n    parameters:\n      weight: 1.0\n" for m in models[1:])
+        parts = "".join(f"  - model: {json.dumps(str(m))}\n    parameters:\n      weight: 1.0\n" for m in models[1:])
         config.write_text(f"models:\n{parts}merge_method: linear\ndtype: bfloat16\n", encoding="utf-8")
         kit = [arguments.mergekit, str(config), str(out), "--no-copy-tokenizer", "--lazy-unpickle"]
         found["mergekit linear"] = (kit, inputs, sizes[0])

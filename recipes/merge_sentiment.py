@@ -228,6 +228,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_eval_samples", type=int, default=400, help="test rows of each task; half for tuning")
     parser.add_argument("--curvature_samples", type=int, default=400, help="examples of the squared gradients")
     arguments = parser.parse_args(argv)
+    if arguments.max_eval_samples < 2:  # half of them are for tuning
+        parser.error(f"argument --max_eval_samples: must be at least 2, got {arguments.max_eval_samples}")
     limits = limits_of(arguments)
     data = arguments.output_dir / "data"
     prepare(arguments.data_dir, data, limits)

@@ -212,6 +212,11 @@ def test_adapters_only():
         ({"estimator": "hutchinson"}, "`estimator` must be one of squared-gradient, ggn, got 'hutchinson'"),
         ({"weight_decay": 0.0}, "`weight_decay` must be positive and finite, got 0.0"),
         ({"weight_decay": float("inf")}, "`weight_decay` must be positive and finite, got inf"),
+        ({"scale": 0.0}, "`scale` must be positive and finite, got 0.0"),
+        ({"scale": float("nan")}, "`scale` must be positive and finite, got nan"),
+        ({"train_size": 0}, "`train_size` must be positive and finite, got 0"),
+        ({"train_size": -5}, "`train_size` must be positive and finite, got -5"),
+        ({"data": [{"labels": torch.zeros(2)}]}, "Each batch must hold tensors of the model's arguments, got none"),
         ({"data": []}, "`data` must hold examples that count, got none"),
     ],
 )
@@ -220,3 +225,23 @@ def test_bad_input_is_named(settings, message):
     data, _ = batches()
     with pytest.raises(ValueError, match=message):
         estimate_posterior(Linear(2), **{"data": data, **settings})
+
+
+def test_a_number_in_a_batch_is_of_no_example():
+    """Some collators add how many items there are: it cannot be cut into examples, and ended in a traceback."""
+    model = tiny.bert()
+    rows = torch.stack([r["input_ids"] for r in tiny.sentences(3)])
+    expected = estimate_posterior(model, [{"input_ids": rows}])
+    for batch in (
+        {"num_items": torch.tensor(3), "input_ids": rows},
+        {"input_ids": rows, "num_items": torch.tensor(3)},
+    ):
+        found = estimate_posterior(model, [batch])
+        assert all(torch.equal(found.variance[n], expected.variance[n]) for n in expected.variance)
+
+
+def test_a_small_share_is_still_of_an_example():
+    """With λ = 0 all variances would be infinite, and the posterior could not be saved."""
+    data, _ = batches()
+    posterior = estimate_posterior(Linear(2), data, scale=1e-9)
+    assert posterior.config.ess == posterior.config.num_examples == 1

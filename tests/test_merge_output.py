@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,35 @@ def test_a_merge_that_cannot_be_moved_is_kept(models, monkeypatch):
     monkeypatch.undo()
     kept = str(caught.value).split("whole in ")[1].split(",")[0]
     BertForSequenceClassification.from_pretrained(kept)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_place_in_one_where_one_cannot_write(models, monkeypatch, fails):
+    """A directory that the administrator made for the user, below one of the administrator: it was refused."""
+    directory, names, _ = models
+    target = directory / "mine"
+    target.mkdir()
+
+    def refuse(prefix, dir, mkdtemp=tempfile.mkdtemp):
+        if dir == directory:
+            raise PermissionError("Permission denied")
+        return mkdtemp(prefix=prefix, dir=dir)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(Path, "rmdir", lambda self: (_ for _ in ()).throw(PermissionError("Permission denied")))
+    if fails:
+        values = tensors(directory / "b")
+        values["classifier.bias"][0] = float("nan")
+        save_file(values, directory / "b" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match="holds NaN or inf"):
+            merge(names, target, method="average")
+        assert not list(target.iterdir())
+    else:
+        merge(names, target, method="average")
+        BertForSequenceClassification.from_pretrained(target)
+        assert not list(target.glob(".*"))
+    with pytest.raises(PermissionError, match="Permission denied"):
+        merge(names[:1], directory / "new", method="average")
 
 
 def test_a_place_where_one_cannot_write_is_named_first(models):

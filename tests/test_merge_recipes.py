@@ -89,3 +89,24 @@ def test_benchmark_measures_every_command(tmp_path, monkeypatch, capsys):
     assert "peak MiB" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="The command failed: false"):
         benchmark_merge.run(["false"])
+
+
+def test_the_benchmark_begins_again_where_it_was_stopped(tmp_path, monkeypatch):
+    """A model that was half written ended every later run; a space in a path was the end of a name."""
+    for name, value in (("WIDTH", 8), ("INNER", 16), ("VOCABULARY", 32)):
+        monkeypatch.setattr(benchmark_merge, name, value)
+    work = tmp_path / "my work; false"
+    (work / "base").mkdir(parents=True)
+    (work / "base" / "model.safetensors").write_bytes(b"half of a model")
+    benchmark_merge.main(["--work_dir", str(work), "--layers", "1", "--num_models", "2", "--rounds", "1"])
+    rows = {row[0]: row for row in json.loads((work / "results.json").read_text())["rows"]}
+    assert rows["cp"][1] > 0
+    assert rows["cp, synced"][1] > 0
+
+
+def test_merging_study_needs_rows_to_tune_with(tmp_path, capsys):
+    """With one row none was left for tuning, and the study ended in a traceback after it had trained."""
+    flags = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--max_eval_samples", "1"]
+    with pytest.raises(SystemExit):
+        merge_sentiment.main(flags)
+    assert "--max_eval_samples: must be at least 2, got 1" in capsys.readouterr().err

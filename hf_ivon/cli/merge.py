@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_ivon.cli.outputs import FAILURES, check_directory
+
+if TYPE_CHECKING:
+    from hf_ivon.merge.plan import Plan
 
 _LISTS = {
     "merge": ("--models", "--weights", "--data", "--text-columns"),
@@ -23,20 +27,24 @@ _DTYPES = ("float32", "float16", "bfloat16", "float64")
 def spread(arguments: Sequence[str]) -> list[str]:
     """Return `--models A B` as `--models A --models B`, which is what the parser knows.
 
+    An option without any value comes last, where the parser finds that there is none.
+
     Args:
         arguments: The command's name, and what follows it.
     """
     lists = _LISTS.get(arguments[0], ()) if arguments else ()
     result: list[str] = []
+    bare: list[str] = []
     option = None
-    for argument in arguments:
+    for argument, following in pairwise([*arguments, "--"]):
         if argument.startswith("--"):
             name, equals, _ = argument.partition("=")
             option = name if name in lists else None
             result += [] if option and not equals else [argument]
+            bare += [argument] if argument == option and following.startswith("--") else []
         else:
             result += [option, argument] if option else [argument]
-    return result
+    return result + bare[:1]
 
 
 def merge(
@@ -76,12 +84,14 @@ def merge(
     sweep: Annotated[
         int | None, typer.Option(min=1, help="Try all weights in steps of 1/N, and merge with the best.")
     ] = None,
-    scale: Annotated[float, typer.Option(help="What the weights of a sweep add up to.")] = 1.0,
+    scale: Annotated[float | None, typer.Option(help="What the weights of a sweep add up to; 1 by default.")] = None,
     data: Annotated[
         list[str] | None, typer.Option(help="Labelled rows for a sweep: --data NAME=FILE NAME=FILE.")
     ] = None,
     text_columns: Annotated[list[str] | None, typer.Option(help="Columns of the data that hold text.")] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens at which a text is cut.")] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens at which a text of the data is cut; 128 by default.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and its problems; read no weights.")
     ] = False,
@@ -90,6 +100,9 @@ def merge(
     import torch
 
     from hf_ivon.merge import merge as run
+    from hf_ivon.merge.heads import source_of
+    from hf_ivon.merge.plan import make_plan
+    from hf_ivon.merge.sweep import check_plan
 
     if dtype is not None and dtype not in _DTYPES:
         raise typer.BadParameter(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
@@ -100,12 +113,26 @@ def merge(
         points = None
         if not dry_run:
             check_directory("output_dir", output_dir)
-        if sweep is not None and not dry_run:
+        if sweep is None:
+            of_sweep = {"scale": scale, "data": data, "text_columns": text_columns, "max_length": max_length}
+            if given := [f"`{name}`" for name, value in of_sweep.items() if value is not None]:
+                raise ValueError(
+                    f"{', '.join(given)} must be left out without a sweep. Add --sweep N, or leave it out."
+                )
+        else:
             if adapters is not None or into_base:
                 raise ValueError("`adapters` and `into_base` must be left out in a sweep, which is of whole models.")
-            settings = {**rule, "tokenizer": tokenizer, "seed": seed}
-            points = _sweep(models, output_dir, settings, sweep, scale, data or [], text_columns or [], max_length)
-            chosen = max(points, key=lambda point: point["score"])["weights"]
+            if weights:
+                raise ValueError("`weights` must be left out in a sweep, which finds them. Leave out one of the two.")
+            files, total = _files(data or []), 1.0 if scale is None else scale
+            plan = make_plan([str(m) for m in models], output_dir=output_dir, tokenizer=tokenizer, seed=seed, **rule)
+            check_plan(plan, sweep, total)
+            for name in files:
+                source_of(plan, name)
+            if not dry_run:
+                columns = {"text_columns": text_columns or [], "max_length": max_length or 128}
+                points = _sweep(plan, files, sweep, total, columns)
+                chosen = max(points, key=lambda point: point["score"])["weights"]
         report = run(
             models,
             output_dir,
@@ -144,35 +171,36 @@ def _bytes(size: str) -> int | str:
     return int(size) if size.isdecimal() else size
 
 
+def _files(data: Sequence[str]) -> dict[str, str]:
+    """Return a sweep's files by the names of their data sets."""
+    files = dict(item.partition("=")[::2] for item in data)
+    if not files or not all(files.values()):
+        raise ValueError(f"`data` must be given for a sweep as NAME=FILE, got {' '.join(data) or 'none'}.")
+    if len(files) < len(data):
+        raise ValueError(f"`data` must be given for a sweep by different names, got {' '.join(data)}.")
+    if missing := [file for file in files.values() if not Path(file).is_file()]:
+        raise ValueError(f"`data` must name files, got {', '.join(missing)}, which are not there. Check the paths.")
+    return files
+
+
 def _sweep(
-    models: list[str],
-    output_dir: Path,
-    settings: dict[str, Any],
-    steps: int,
-    scale: float,
-    data: Sequence[str],
-    text_columns: Sequence[str],
-    max_length: int,
+    plan: Plan, files: Mapping[str, str], steps: int, scale: float, columns: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Evaluate merges along a grid, print a table, and return the points."""
     from functools import partial
 
     from hf_ivon.data import evaluate, load_batches, load_checkpoint
-    from hf_ivon.merge.plan import make_plan
-    from hf_ivon.merge.sweep import check_plan, main_metric, sweep
+    from hf_ivon.merge.heads import source_of
+    from hf_ivon.merge.sweep import main_metric, sweep
     from hf_ivon.merge.vocabulary import united_tokenizer
 
-    files = dict(item.partition("=")[::2] for item in data)
-    if not files or not all(files.values()):
-        raise ValueError(f"`data` must be given for a sweep as NAME=FILE, got {' '.join(data) or 'none'}.")
-    plan = make_plan(models, output_dir=output_dir, **settings)
-    check_plan(plan)
-    model, tokenizer = load_checkpoint(plan.models[0].directory)
-    if plan.added_tokens is not None:
-        pad, tokenizer = tokenizer.pad_token, united_tokenizer(plan.models)
-        tokenizer.pad_token = pad
-    columns = {"text_columns": text_columns, "max_length": max_length}
-    batches = {name: load_batches(file, model, tokenizer, **columns) for name, file in files.items()}
+    batches = {}
+    for name, file in files.items():
+        model, tokenizer = load_checkpoint(source_of(plan, name).directory)  # whose classes the labels are
+        if plan.added_tokens is not None:
+            pad, tokenizer = tokenizer.pad_token, united_tokenizer(plan.models)
+            tokenizer.pad_token = pad
+        batches[name] = load_batches(file, model, tokenizer, **columns)
     points = sweep(plan, {name: partial(evaluate, batches=b) for name, b in batches.items()}, steps=steps, scale=scale)
     for point in points:
         shown = "  ".join(f"{name} {main_metric(m)[1]:.4f}" for name, m in point["metrics"].items())
@@ -200,9 +228,10 @@ def _keep_sweep(points: list[dict[str, Any]], directory: Path) -> None:
 def _show(report: dict[str, Any], output_dir: Path, dry_run: bool) -> None:
     size = report["num_bytes"] / 2**20
     what = "would be merged" if dry_run else f"merged into {output_dir}"
-    typer.echo(
-        f"{report['num_merged']} of {report['num_tensors']} tensors ({size:.1f} MiB) {what} by {report['method']}."
-    )
+    parts = f"{report['num_merged']} of {report['num_tensors']} tensors ({size:.1f} MiB)"
+    if report["products"] is not None:
+        parts = f"The products of {len(report['models'])} adapters ({report['products']})"
+    typer.echo(f"{parts} {what} by {report['method']}.")
     for name, key in (
         ("without posterior", "without_posterior"),
         ("dropped", "dropped"),

@@ -135,8 +135,7 @@ def merge(
     report: dict[str, Any] = plan.summary()
     if dry_run:
         return report
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    work = _work_directory(target)
     stays = False
     written = dtype if plan.fold_into is None else wide_dtype(plan.models)  # rounded once, when it is folded
     try:
@@ -176,6 +175,17 @@ def merge(
     for note in report["notes"]:
         logger.warning("%s", note)
     return report
+
+
+def _work_directory(target: Path) -> Path:
+    """Make a directory beside the target, or in it where it may be written and what it is in may not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError:
+        if not target.is_dir():
+            raise
+        return Path(tempfile.mkdtemp(prefix=".merge-", dir=target))
 
 
 def _put(work: Path, target: Path) -> None:
@@ -372,5 +382,6 @@ def _carry_over(source: Checkpoint, work: Path) -> None:
         if wanted and not (work / file.name).exists():
             shutil.copyfile(file, work / file.name)
     for module in module_directories(source.directory):  # of a SentenceTransformer: such as how to pool
-        if module.is_dir() and not (work / module.name).exists():
-            shutil.copytree(module, work / module.name)
+        place = work / module.relative_to(source.directory)
+        if module.is_dir() and not place.exists():
+            shutil.copytree(module, place)

@@ -94,6 +94,8 @@ class Checkpoint:
         is_adapter = (directory / "adapter_config.json").is_file()
         wrong: list[str] = []
         tensors = TensorFiles(directory, "adapter_model" if is_adapter else "model", wrong)
+        if not tensors and not wrong:
+            wrong.append(f"{tensors.files[0].name} holds no tensors")
         posterior: Rows | None = None
         config, prefix = None, ""
         if posterior_files(directory):
@@ -180,8 +182,11 @@ def module_directories(directory: Path) -> list[Path]:
 def _module_problems(directory: Path) -> list[str]:
     try:
         modules = module_directories(directory)
+        outside = [m for m in modules if ".." in m.relative_to(directory).parts]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
-        return [f"modules.json cannot be read ({err})"]
+        return [f"modules.json cannot be read, or names no directories in the model's own ({err})"]
+    if outside:
+        return [f"modules.json names {outside[0]}, which is not in the model's directory: copy it there"]
     return [
         f"its module {module.name} has weights of its own, which cannot be merged: merge the transformer alone"
         for module in modules

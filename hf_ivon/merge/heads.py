@@ -64,15 +64,28 @@ def build_model(plan: Plan, state: Mapping[str, Tensor], head: str) -> Any:
     Raises:
         ValueError: If the heads are separate and there is no such model.
     """
-    source = next(iter(plan.kept.values())) if plan.kept else plan.models[0]
+    source = source_of(plan, head)
+    return _build(source.directory, {**state, **(_own(plan, source) if plan.separate else {})}, source)
+
+
+def source_of(plan: Plan, name: str) -> Checkpoint:
+    """Return the model whose head, classes and configuration a merge is evaluated with.
+
+    Args:
+        plan: What is merged.
+        name: A data set's name: with separate heads, that of a model.
+
+    Raises:
+        ValueError: If the heads are separate and there is no such model.
+    """
     if not plan.separate:
-        return _build(source.directory, state, source)
+        return next(iter(plan.kept.values())) if plan.kept else plan.models[0]
     by_name = {m.short_name: m for m in plan.models}
-    if head not in by_name:
+    if name not in by_name:
         raise ValueError(
-            f"With separate heads, data must be named after a model ({', '.join(by_name)}), got {head!r}."
+            f"With separate heads, data must be named after a model ({', '.join(by_name)}), got {name!r}."
         )
-    return _build(by_name[head].directory, {**state, **_own(plan, by_name[head])}, by_name[head])
+    return by_name[name]
 
 
 def _own(plan: Plan, model: Checkpoint) -> dict[str, Tensor]:

@@ -92,6 +92,8 @@ def limit_prior(plan: Plan) -> Plan:
     if not names or plan.base_hessian is not None or plan.prior_limit < math.inf:
         return plan
     weights = len(plan.models) * sum(plan.layout[n].numel for n in names)
+    if not weights:
+        return plan
     stride = math.ceil(weights / _LOOKED_AT)
     enough = weights * max(_prior(plan, n) for n in names)
     total = 0.0

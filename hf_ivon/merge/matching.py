@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
 
 from hf_ivon.merge.files import Checkpoint
 from hf_ivon.tensor_files import Entry
 
 # What old files call a LayerNorm's tensors; Transformers renames them when it loads them.
 _RENAMED = {"weight": "gamma", "bias": "beta", "gamma": "weight", "beta": "bias"}
+_ADVICE = "if it is quantized, name the model that it was made of, else save both in one dtype"
 
 
 def compare(models: Sequence[Checkpoint]) -> tuple[list[str], list[str]]:
@@ -58,7 +62,12 @@ def _variants(name: str) -> Iterator[str]:
 
 
 def settle(
-    different: list[str], lost: list[str], heads: str | None, models: Sequence[Checkpoint], problems: list[str]
+    different: list[str],
+    lost: list[str],
+    heads: str | None,
+    models: Sequence[Checkpoint],
+    problems: list[str],
+    is_whole: bool = True,
 ) -> tuple[dict[str, Checkpoint], list[str]]:
     """Decide about tensors that cannot be merged.
 
@@ -68,6 +77,7 @@ def settle(
         heads: What the user wants: None, "drop", "keep:MODEL" or "separate".
         models: The models.
         problems: Where to say what is wrong.
+        is_whole: Whether the tensors of all models and of the base are known.
 
     Returns:
         Names that are taken from one model, and names that are left out or kept apart.
@@ -80,13 +90,19 @@ def settle(
             "heads of adapters cannot be kept apart: pass --heads drop or keep:MODEL, or fold each adapter into its "
             "base first (--into-base with one model) and merge the whole models with --heads separate"
         )
+    if heads == "separate" and not adapters:
+        problems += [
+            f"{m.name} has no config.json, which --heads separate needs to build its model: copy it there"
+            for m in models
+            if m.tensors and not (m.directory / "config.json").is_file()
+        ]
     wanted = None
     if heads is not None and heads.startswith("keep:"):
         wanted = _named(heads.removeprefix("keep:"), models, problems)
     elif heads not in (None, "drop", "separate"):
         problems.append(f"`heads` must be 'drop', 'separate' or 'keep:MODEL', got {heads!r}")
     others = [*different, *lost]
-    if not others and heads is not None and heads != "drop":
+    if is_whole and not others and heads is not None and heads != "drop":
         problems.append(
             f"`heads` is {heads!r}, but all models have all tensors in one shape, so that there is no head to tell: "
             f"leave it out to merge them all, or name the --base-model, whose tensors are those to merge"
@@ -104,10 +120,43 @@ def settle(
     return kept, [n for n in others if n not in kept]
 
 
+def dtype_problems(
+    models: Sequence[Checkpoint], names: Sequence[str], base: Checkpoint | None, of_base: Mapping[str, str]
+) -> list[str]:
+    """Return where a model or the base has other numbers than the first model, one string for each of them.
+
+    Args:
+        models: The models.
+        names: Tensors that all have.
+        base: The model that they were finetuned from, if the rule computes with it.
+        of_base: What the base calls tensors.
+    """
+    problems = []
+    for model in [*models[1:], *([base] if base is not None else [])]:
+        for name in names:
+            first, own = models[0].tensors.entries[name], of_base.get(name, name) if model is base else name
+            dtype = model.tensors.entries[own].dtype if own in model.tensors.entries else first.dtype
+            # Of whole numbers the base has no part in the merge.
+            counts = model is not base or first.dtype.is_floating_point
+            if counts and dtype.is_floating_point != first.dtype.is_floating_point:
+                first_is = f"{_short(first.dtype)} in {models[0].name}"
+                problems.append(f"`{own}` is {_short(dtype)} in {model.name} and {first_is}: {_ADVICE}")
+                break
+    return problems
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _named(wanted: str, models: Sequence[Checkpoint], problems: list[str]) -> Checkpoint | None:
-    """Return the model that the user means: by its name as it was given, by its path, or by the last part of it."""
+    """Return the model that the user means: by its name as it was given, by its path, or by the last part of it.
+
+    The revision behind a repository's "@" may be left out.
+    """
     exact = [m for m in models if m.name == wanted or os.path.abspath(m.name) == os.path.abspath(wanted)]
-    found = exact or [m for m in models if m.short_name == wanted]
+    bare = [m for m in models if not Path(m.name).is_dir() and m.name.partition("@")[0] == wanted]
+    found = exact or bare or [m for m in models if m.short_name == wanted]
     if not found:
         problems.append(f"`heads` names {wanted!r}, which is none of {', '.join(m.name for m in models)}")
     elif not exact and len(found) > 1:

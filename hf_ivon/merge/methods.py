@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SMALLEST = 2.0**-149  # above 0 in fp32
-
 
 def average(models: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     r"""Return the weighted average, :math:`\sum_t \alpha_t \theta_t / \sum_t \alpha_t`.
@@ -102,7 +100,8 @@ def uncertainty(
     if _is_one(weights):
         return torch.where(total == 0, base, model)
     # Where the total is 0, so is what was moved: the smallest number above 0 divides it, and leaves the other totals.
-    return moved.div_(total.clamp_min_(_SMALLEST)).add_(base)
+    limits = torch.finfo(total.dtype)
+    return moved.div_(total.clamp_min_(limits.smallest_normal * limits.eps)).add_(base)
 
 
 def gaussian(
@@ -128,6 +127,7 @@ def gaussian(
         >>> gaussian([one, 5 * one], [3 * one, one], [1.0, 1.0])
         (tensor([2.]), tensor([4.]))
     """
+    _check_lengths(weights, models, precisions)
     precision = _sum(precisions, weights)
     if _is_one(weights):
         return models[0].clone(), precision
@@ -153,6 +153,7 @@ def fisher(models: Sequence[Tensor], hessians: Sequence[Tensor], weights: Sequen
         >>> fisher([one, 5 * one], [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])], [1.0, 1.0])
         tensor([2., 3.])
     """
+    _check_lengths(weights, models, hessians)
     if _is_one(weights):
         return models[0].clone()
     total = _sum(hessians, weights)
@@ -168,19 +169,26 @@ def ties(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], thres
     Args:
         base: Weights that every model was finetuned from.
         models: Tensors of its shape.
-        weights: One number per model.
-        thresholds: One per model, param: smaller differences are trimmed; see `kth_largest_magnitude`.
+        weights: One number per model, not all 0.
+        thresholds: One per model, param, fp32: smaller differences are trimmed; see `kth_largest_magnitude`.
 
     Returns:
         Tensor of that shape.
+
+    Raises:
+        ValueError: If there is not one weight and one threshold per model, or all weights are 0.
 
     Source:
         Yadav et al., arXiv:2306.01708; sign election and merge are PEFT's.
     """
     from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, reshape_weight_task_tensors
 
+    _check_lengths(weights, models, thresholds)
+    if not any(weights):
+        raise ValueError(f"`weights` must not all be 0, got {list(weights)}: no model has a vote. Give one a weight.")
     voting = [(m - base, w, t) for m, w, t in zip(models, weights, thresholds, strict=True) if w]
-    kept = torch.stack([torch.where(difference.abs() >= t, difference, 0.0) for difference, _, t in voting])
+    # In fp32, as the thresholds are: of wider numbers the one at the threshold may be below it.
+    kept = torch.stack([torch.where(difference.abs().float() >= t, difference, 0.0) for difference, _, t in voting])
     scaled = kept * reshape_weight_task_tensors(kept, torch.tensor([w for _, w, _ in voting], dtype=base.dtype))
     return base + disjoint_merge(scaled, calculate_majority_sign_mask(kept))
 
@@ -263,6 +271,12 @@ def equal(name: str, models: Sequence[Tensor]) -> Tensor:
 def _is_one(weights: Sequence[float]) -> bool:
     """Tell whether the merge is of one model with weight 1, which is that model, to the bit."""
     return list(weights) == [1.0]
+
+
+def _check_lengths(weights: Sequence[float], *others: Sequence[Any]) -> None:
+    if any(len(other) != len(weights) for other in others):
+        counts = ", ".join(str(len(other)) for other in others)
+        raise ValueError(f"`weights` must be one per model, got {len(weights)} for {counts}. Give as many of each.")
 
 
 def _sum(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from hf_ivon.merge.adapters import MODES, space_problems, whole_tensors
 from hf_ivon.merge.files import Checkpoint
 from hf_ivon.merge.folding import fold_problems, own_base
-from hf_ivon.merge.matching import base_names, compare, settle
+from hf_ivon.merge.matching import base_names, compare, dtype_problems, settle
 from hf_ivon.merge.vocabulary import tokenizer_problems, unite
 from hf_ivon.tensor_files import Entry
 
@@ -20,6 +22,7 @@ NEEDS_BASE = ("uncertainty", "task-arithmetic", "ties", "dare")
 NEEDS_POSTERIOR = ("uncertainty", "gaussian", "fisher")
 _HEADS = ("classifier", "score", "out_proj")  # what Transformers calls the layer whose rows are classes
 METHODS = ("uncertainty", "gaussian", "fisher", "average", "task-arithmetic", "ties", "dare")
+_FP32 = torch.finfo(torch.float32)  # in which most rules compute
 
 
 @dataclass
@@ -96,6 +99,7 @@ class Plan:
             "kept": {name: model.name for name, model in self.kept.items()},
             "dropped": [] if self.separate else self.dropped,
             "separate": self.dropped if self.separate else [],
+            "products": self.products,
             "without_posterior": plain,
         }
 
@@ -143,12 +147,15 @@ def make_plan(
     if needs_base and base_model is None:
         problems.append(f"`base_model` must be given for {method}, which starts from it")
     opened = [Checkpoint.open(m, problems) for m in models]
+    # Of the others it is said already that they cannot be opened.
+    found = [m for m in opened if m.directory.is_dir()]
+    readable = [m for m in found if m.tensors]
     # Where the rule needs no base, it tells the heads, which it lacks, from the tensors that are merged.
     wanted = base_model is not None and (needs_base or (heads is not None and not products and not into_base))
     base = Checkpoint.open(base_model, problems) if base_model is not None and wanted else None
     fold_into = None
     if products or into_base or any(m.is_adapter for m in opened):
-        problems += _adapter_problems(opened, base, method, adapters, into_base)
+        problems += _adapter_problems(found, base, method, adapters, into_base)
     if into_base and opened and all(m.is_adapter for m in opened):
         fold_into = base or (Checkpoint.open(base_model, problems) if base_model is not None else None)
         if fold_into is None or fold_into.is_adapter:  # `base_model` is what the adapters started from
@@ -158,22 +165,26 @@ def make_plan(
     if method in NEEDS_POSTERIOR and not products:
         problems += [
             f"{m.name} has no posterior, which {method} needs: train it with IVON, or choose --method average"
-            for m in opened
+            for m in found
             if m.posterior is None
         ]
     if base_model is None:
         problems += _base_problems(opened)
     problems += _posterior_problems([m for m in [*opened, base] if m is not None])
-    added = _united(opened, base, tokenizer, problems)
-    # Models without tensors are named already.
-    common, different = compare([m for m in opened if m.tensors])
+    added = _united(found, base, tokenizer, problems)
+    common, different = compare(readable)
     if products:  # factors may differ; a classifier may not
         common, different = [], whole_tensors(different)
-    of_base = {} if base is None else base_names({n: opened[0].tensors.entries[n] for n in common}, base)
-    lost = [] if base is None else [n for n in common if n not in of_base]
+    of_base, lost = {}, []
+    if base is not None and base.tensors:
+        of_base = base_names({n: readable[0].tensors.entries[n] for n in common}, base)
+        lost = [n for n in common if n not in of_base]
     common = [n for n in common if n not in set(lost)]
-    kept, dropped = settle(different, lost, heads, opened, problems)
-    problems += _label_problems(opened, [n for n in common if n not in kept])
+    is_whole = len(readable) == len(opened) and (base is None or bool(base.tensors))
+    kept, dropped = settle(different, lost, heads, opened, problems, is_whole)
+    merged = [n for n in common if n not in kept]
+    problems += _label_problems(readable, merged)
+    problems += dtype_problems(readable, merged, base if needs_base else None, of_base)
     if method in NEEDS_POSTERIOR and not products:
         problems += _name_problems(opened, common)
     numbers = _weights(opened, weights, problems)
@@ -259,12 +270,16 @@ def _settings_problems(
     elif weights is not None and not isinstance(weights, str):
         if len(weights) != len(models):
             problems.append(f"`weights` must be one per model, got {len(weights)} for {len(models)}")
-        if not (all(0 <= w < float("inf") for w in weights) and sum(weights) > 0):
-            problems.append(f"`weights` must be numbers of at least 0, not all 0, got {list(weights)}")
+        if not (all(0 <= w <= _FP32.max for w in weights) and any(w >= _FP32.tiny for w in weights)):
+            problems.append(
+                f"`weights` must be numbers of at least 0, not all 0, none above {_FP32.max:.2g}, got {list(weights)}"
+            )
     if not 0 < density <= 1:
         problems.append(f"`density` must be in (0, 1], got {density}")
     if base_hessian is not None and not (method == "uncertainty" and 0 <= base_hessian < float("inf")):
         problems.append(f"`base_hessian` must be a number of at least 0, for uncertainty, got {base_hessian}")
+    elif base_hessian is not None and base_hessian > _FP32.max:
+        problems.append(f"`base_hessian` must be no more than {_FP32.max:.2g}, got {base_hessian}")
     if output_dir is not None and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         problems.append(f"`output_dir` must be empty or new, got {str(output_dir)!r}")
     elif output_dir is not None:
@@ -297,7 +312,9 @@ def _name_problems(models: Sequence[Checkpoint], common: Sequence[str]) -> list[
 
 def _label_problems(models: Sequence[Checkpoint], merged: Sequence[str]) -> list[str]:
     """Look for models that have the same classes in another order, where their heads are merged."""
-    labels: list[dict[str, Any]] = [m.json("config.json").get("id2label") or {} for m in models]
+    labels: list[Any] = [m.json("config.json").get("id2label") or {} for m in models]
+    if wrong := [m.name for m, own in zip(models, labels, strict=True) if not isinstance(own, dict)]:
+        return [f"`id2label` in config.json of {', '.join(wrong)} is no mapping of classes to names: save it again"]
     shapes = {n: models[0].tensors.entries[n].shape for n in merged}
     heads = [n for n, s in shapes.items() if n.split(".")[-2:][0] in _HEADS and s[:1] == (len(labels[0]),)]
     for model, own in zip(models, labels, strict=True):

@@ -33,7 +33,7 @@ class TensorStatistics:
         self._log: list[list[float]] = [[0.0, 0.0, 0] for _ in range(num)]
 
     def add(self, merged: Tensor, models: Sequence[Tensor], trust: Sequence[Tensor], weights: Sequence[float]) -> None:
-        """Take in a block: flat tensors of one length.
+        """Take in a block: tensors of one shape.
 
         Args:
             merged: What the rule made.
@@ -47,7 +47,7 @@ class TensorStatistics:
         for i, weight in enumerate(weights):
             self._shares[i] += weight * (float(trust[i].sum()) if trust else merged.numel())
         for log, values in zip(self._log, trust, strict=False):
-            logs = values[::_STRIDE].clamp_min(1e-30).log_()
+            logs = values.reshape(-1)[::_STRIDE].clamp_min(1e-30).log_()
             log[0], log[1], log[2] = log[0] + float(logs.sum()), log[1] + _squared(logs), log[2] + logs.numel()
 
     def absorb(self, other: TensorStatistics) -> None:

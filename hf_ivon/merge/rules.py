@@ -98,7 +98,11 @@ def _merge_block(
     entry = plan.layout[name]
     count = (stop - start) * math.prod(entry.shape[1:])
     if name in plan.kept:
-        sink(name, plan.kept[name].tensors.rows(name, start, stop).to(dtype), start, None)
+        rows = plan.kept[name].tensors.rows(name, start, stop)
+        if entry.dtype.is_floating_point:
+            _check_finite(name, plan.kept[name], rows)
+            rows = _cast(name, rows, dtype)
+        sink(name, rows, start, None)
     elif not entry.dtype.is_floating_point:
         sink(name, methods.equal(name, [m.tensors.rows(name, start, stop) for m in plan.models]), start, None)
     else:
@@ -116,26 +120,33 @@ def _merge_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Return merged rows and their precision; so few that intermediate results stay in the cache."""
     entry = plan.layout[name]
-    wide = torch.float64 if entry.dtype == torch.float64 else torch.float32
+    wide = _wide(entry.dtype)
     models: Iterable[Tensor] = _means(plan, name, start, stop, wide)
     trust: Iterable[Tensor] | None = _trust(plan, name, start, stop, wide) if plan.trusts(name) else None
     shows_nan = plan.method in _SHOWS_NAN
     if statistics is not None or not shows_nan:
         models, trust = list(models), None if trust is None else list(trust)
     if not shows_nan:
-        _check_finite(plan, name, models)
+        _check_models(plan, name, models)
     base = plan.base.tensors.rows(plan.base_name(name), start, stop).to(wide) if plan.base else None
     base_variance = _base_variance(plan, name, start, stop)
     prior = None if base_variance is None else base_variance.to(wide).reciprocal_()
     position = start * math.prod(entry.shape[1:])
     merged, precision = _apply(plan, name, models, base, trust, prior, thresholds, position)
     if not torch.isfinite(merged.sum()):  # of finite weights it is, unless they are very large
-        _check_finite(plan, name, _means(plan, name, start, stop, wide))
+        _check_models(plan, name, _means(plan, name, start, stop, wide))
+        if plan.base is not None and base is not None:
+            _check_finite(plan.base_name(name), plan.base, base)
         if not torch.isfinite(merged).all():
             raise ValueError(f"The merge of `{name}` is too large for its dtype. Pass smaller weights.")
     if statistics is not None:
         statistics.add(merged, list(models), list(trust or ()), plan.weights)
     return merged, precision
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return what a tensor of some dtype is computed with."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _means(plan: Plan, name: str, start: int, stop: int, wide: torch.dtype) -> Iterator[Tensor]:
@@ -153,8 +164,13 @@ def _trust(plan: Plan, name: str, start: int, stop: int, wide: torch.dtype) -> I
 
 def _cast(name: str, merged: Tensor, dtype: torch.dtype) -> Tensor:
     cast = merged.to(dtype)
-    # The other dtypes reach as far as fp32, in which the sums were looked at.
-    if dtype.itemsize < merged.dtype.itemsize and dtype != torch.bfloat16 and not torch.isfinite(cast).all():
+    if dtype.itemsize == 1 and merged.dtype.itemsize > 1 and merged.numel():  # some of which have no inf
+        fits = bool(merged.abs().amax() <= torch.finfo(dtype).max)
+    else:
+        # bf16 reaches as far as fp32, in which the sums were looked at.
+        reach = torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype).max
+        fits = reach >= torch.finfo(merged.dtype).max or bool(torch.isfinite(cast).all())
+    if not fits:
         raise ValueError(
             f"The merge of `{name}` is too large for {str(dtype).removeprefix('torch.')}. Pass --dtype bfloat16 or "
             f"float32, or smaller weights."
@@ -162,10 +178,16 @@ def _cast(name: str, merged: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _check_finite(plan: Plan, name: str, models: Iterable[Tensor]) -> None:
+def _check_models(plan: Plan, name: str, models: Iterable[Tensor]) -> None:
     for model, values in zip(plan.models, models, strict=True):
-        if not torch.isfinite(values).all():
-            raise ValueError(f"The tensor `{name}` of {model.name} holds NaN or inf. Check that model.")
+        _check_finite(name, model, values)
+
+
+def _check_finite(name: str, model: Checkpoint, values: Tensor) -> None:
+    if values.dtype.itemsize == 1:  # for which there is no `isfinite`
+        values = values.float()
+    if not torch.isfinite(values).all():
+        raise ValueError(f"The tensor `{name}` of {model.name} holds NaN or inf. Check that model.")
 
 
 def _apply(
@@ -206,11 +228,12 @@ def _thresholds(plan: Plan, name: str) -> list[float]:
     """Return for each model the magnitude of difference from the base from which `density` of a tensor is."""
     assert plan.base is not None  # the plan made sure
     entry, base = plan.layout[name], plan.base
+    wide = _wide(entry.dtype)
 
     def differences(model: Checkpoint) -> Iterator[Tensor]:
         for start, stop in row_blocks(entry.shape, _BLOCK):
-            own = model.tensors.rows(name, start, stop).float()
-            yield own - base.tensors.rows(plan.base_name(name), start, stop).float()
+            own = model.tensors.rows(name, start, stop).to(wide)
+            yield (own - base.tensors.rows(plan.base_name(name), start, stop).to(wide)).float()
 
     wanted = int(plan.density * entry.numel)
     return [methods.kth_largest_magnitude(partial(differences, m), wanted) for m in plan.models]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from huggingface_hub.utils import tqdm
 from torch import nn
 
@@ -40,9 +41,7 @@ def sweep(
         ValueError: If `steps` or `scale` is not positive, the plan cannot be swept, a posterior does not belong to its
             mean, or a name is none of the heads.
     """
-    if steps < 1 or not 0 < scale < math.inf:
-        raise ValueError(f"`steps` and `scale` must be positive, got {steps} and {scale}. 4 and 1 are usual.")
-    check_plan(plan)
+    check_plan(plan, steps, scale)
     check_pairs(plan)
     plan = limit_prior(plan)  # which no weights change
     points: list[dict[str, Any]] = []
@@ -59,15 +58,19 @@ def sweep(
     return points
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: Plan, steps: int = 4, scale: float = 1.0) -> None:
     """Make sure that the merges of a plan can be evaluated.
 
     Args:
         plan: What to merge.
+        steps: As for `sweep`.
+        scale: As for `sweep`.
 
     Raises:
-        ValueError: If they are no whole models.
+        ValueError: If they are no whole models, or a number is not positive.
     """
+    if steps < 1 or not 0 < scale <= torch.finfo(torch.float32).max:
+        raise ValueError(f"`steps` and `scale` must be positive, got {steps} and {scale}. 4 and 1 are usual.")
     if any(m.is_adapter for m in plan.models):
         raise ValueError(
             "Adapters cannot be merged in a sweep, which evaluates whole models. Fold each into its base model first "

@@ -40,17 +40,19 @@ _ROWS = (
 )
 _OF_A_LAYER = re.compile(r"\.\d+\.\w+\.")  # "h.0.mlp.bias": such tensors can be as large by chance
 _COLUMNS = ("final_logits_bias",)  # (1, tokens)
+_OLDER = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
 def vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
     """Return a tokenizer's tokens and their places, those that were added included; None if there is no file."""
     tokenizer = checkpoint.json(FILE)
-    known = tokenizer.get("model", {}).get("vocab")
+    model = tokenizer.get("model")
+    known = model.get("vocab") if isinstance(model, dict) else None
     if known is None:
         return None
     if not isinstance(known, dict):  # unigram models list tokens with their scores
         known = {token: place for place, (token, _) in enumerate(known)}
-    return {**known, **{t["content"]: t["id"] for t in tokenizer.get("added_tokens", [])}}
+    return {**known, **{t["content"]: t["id"] for t in tokenizer.get("added_tokens") or []}}
 
 
 def tokenizer_problems(models: Sequence[Checkpoint], union: bool) -> list[str]:
@@ -63,11 +65,12 @@ def tokenizer_problems(models: Sequence[Checkpoint], union: bool) -> list[str]:
     Returns:
         Problems, one string each.
     """
-    known = [(m, v) for m in models if (v := vocabulary(m)) is not None]
-    problems = []
-    if union and len(known) < len(models):
-        lacking = ", ".join(m.name for m in models if vocabulary(m) is None)
-        problems.append(f"{lacking} has no {FILE}, which a union of tokens needs")
+    vocabularies = [(m, vocabulary(m)) for m in models]
+    known = [(m, v) for m, v in vocabularies if v is not None]
+    lacking = [m for m, v in vocabularies if v is None]
+    problems = _older_problems(lacking)
+    if union and lacking:
+        problems.append(f"{', '.join(m.name for m in lacking)} has no {FILE}, which a union of tokens needs")
     for model, other in known[1:]:
         first, reference = known[0]
         same_core = _core(first) == _core(model)
@@ -80,6 +83,19 @@ def tokenizer_problems(models: Sequence[Checkpoint], union: bool) -> list[str]:
         problems.append(
             f"the tokenizers of {first.name} and {model.name} differ, first in {token!r} ({places}){advice}"
         )
+    return problems
+
+
+def _older_problems(models: Sequence[Checkpoint]) -> list[str]:
+    """Compare vocabularies of models without a `tokenizer.json`, byte by byte."""
+    problems = []
+    for name in _OLDER:
+        found = [(m, file.read_bytes()) for m in models if (file := m.directory / name).is_file()]
+        problems += [
+            f"the tokenizers of {found[0][0].name} and {model.name} differ in {name}: if they are one, copy the file"
+            for model, content in found[1:]
+            if content != found[0][1]
+        ]
     return problems
 
 
