@@ -182,6 +182,8 @@ def single_examples(
             mask = one.get("attention_mask")
             if mask is not None and mask.dim() == 2 and not mask.bool().all():
                 kept = mask[0].bool()
+                if not kept.any():  # a row that fills up a batch
+                    continue
                 one = {k: v[:, kept] if v.dim() > 1 and v.shape[1] == len(kept) else v for k, v in one.items()}
                 if target is not None and target.dim() == 2 and target.shape[1] == len(kept):
                     target = target[:, kept]

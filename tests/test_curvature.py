@@ -240,6 +240,18 @@ def test_a_number_in_a_batch_is_of_no_example():
         assert all(torch.equal(found.variance[n], expected.variance[n]) for n in expected.variance)
 
 
+def test_a_row_of_padding_is_no_example():
+    """Loaders with batches of one size fill the last one up: it would end in an error of torch, or count as data."""
+    model = tiny.bert()
+    rows = torch.stack([r["input_ids"] for r in tiny.sentences(3)])
+    mask = torch.ones_like(rows)
+    filled = {"input_ids": torch.cat([rows, rows[:1]]), "attention_mask": torch.cat([mask, 0 * mask[:1]])}
+    expected = estimate_posterior(model, [{"input_ids": rows, "attention_mask": mask}])
+    found = estimate_posterior(model, [filled])
+    assert found.config.num_examples == 3
+    assert all(torch.equal(found.variance[n], expected.variance[n]) for n in expected.variance)
+
+
 def test_a_small_share_is_still_of_an_example():
     """With λ = 0 all variances would be infinite, and the posterior could not be saved."""
     data, _ = batches()

@@ -49,6 +49,15 @@ def test_separate_heads_come_back_as_each_model(models):
         load_head(directory / "out", "six")
 
 
+def test_separate_heads_have_the_dtype_of_the_merge(models):
+    """A merge in bf16 would take twice the memory when it is loaded with one of its heads."""
+    directory, names, _ = models
+    save(tiny.bert(num_labels=5, seed=9), directory / "five", 10, torch.Generator().manual_seed(1))
+    mixed, options = [names[0], str(directory / "five")], {"base_model": directory / "base", "heads": "separate"}
+    merge(mixed, directory / "out", dtype=torch.bfloat16, **options)
+    assert {p.dtype for p in load_head(directory / "out", "five").parameters()} == {torch.bfloat16}
+
+
 def test_heads_of_one_name_are_refused(models):
     """Two directories called "best" would write over each other's head."""
     directory, names, _ = models

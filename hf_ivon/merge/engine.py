@@ -26,7 +26,7 @@ from hf_ivon.merge import report as reporting
 from hf_ivon.merge.adapters import drop_saved, merge_products, wide_dtype
 from hf_ivon.merge.files import Checkpoint, Writer, module_directories, replace_in_header
 from hf_ivon.merge.folding import fold
-from hf_ivon.merge.heads import write_heads
+from hf_ivon.merge.heads import HEADS, write_heads
 from hf_ivon.merge.hessians import limit_prior, limited_prior, number_for_base, start_trust
 from hf_ivon.merge.plan import NEEDS_POSTERIOR, Plan, make_plan
 from hf_ivon.merge.rules import merge_tensors
@@ -160,7 +160,8 @@ def merge(
         if plan.fold_into is not None:
             _fold(plan.fold_into, work, max_shard_size, dtype)
         if dtype is not None:
-            _write_dtype(work / "config.json", dtype)
+            for file in (work / "config.json", *work.glob(f"{HEADS}/*/config.json")):
+                _write_dtype(file, dtype)
         (work / "README.md").write_text(reporting.card(report), encoding="utf-8")
         write_json(work / REPORT_NAME, report)
         os.chmod(work, 0o755)
