@@ -56,7 +56,7 @@ class GradientCapture:
         self._sharded: list[Tensor] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._groups = replicas.GroupGradients()
-        weakref.finalize(self, windows.remove_all, self._handles)
+        weakref.finalize(self, _remove_all, self._handles)
         self._at_mean: set[Tensor] = set()
         self._stale = Gradients([])
         self.clear()
@@ -392,3 +392,8 @@ class GradientCapture:
                 squared = grad.to(total.dtype).mul(context.inverse_scale).square_()
                 _ = total.add_(squared) if keep else total.copy_(squared)
             self._started.add(p)
+
+
+def _remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -102,12 +102,6 @@ def overflowed(context: Context) -> bool:
     return scaled and not all(bool(torch.isfinite(grad).all()) for grad, _ in context.before.values())
 
 
-def remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-    """Take hooks off their parameters."""
-    for handle in handles:
-        handle.remove()
-
-
 def average_loss(losses: Sequence[Any], averaged: bool | None) -> Any:
     """Return the average of a closure's losses; None if it returns none.
 

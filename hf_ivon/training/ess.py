@@ -173,8 +173,10 @@ def check_fisher_sigma(model: nn.Module, options: Mapping[str, Any]) -> None:
         model: The model, with the weights that training starts from.
         options: IVON's; `hess_approx`, `ess` and `weight_decay` are read.
     """
+    if options["hess_approx"] != "fisher" or not options["weight_decay"]:
+        return
     sigma, typical = (options["ess"] * options["weight_decay"]) ** -0.5, _root_mean_square(model)
-    if options["hess_approx"] == "fisher" and sigma > typical > 0:
+    if sigma > typical > 0:
         logger.warning(
             "With ess=%g and weight_decay=%g the noise of a weight without curvature is %.2g, and the root mean "
             "square of the trained weights is %.2g: training will destroy the model. Pass a larger --weight_decay, or "

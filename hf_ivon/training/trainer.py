@@ -152,7 +152,7 @@ class IVONTrainerMixin(EvaluationMixin):
         options["weight_decay"] = self.args.weight_decay
         if options["relative_sigma"]:
             options |= precision_of_sigma(model, options)
-        elif options["weight_decay"]:
+        else:
             check_fisher_sigma(model, options)
         if without_prior:
             flat = "" if options["hess_approx"] == "fisher" else ", tiny for a flat prior"
