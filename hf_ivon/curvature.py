@@ -5,8 +5,9 @@ The result is a posterior like IVON's, so that such models can be merged, sample
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from hf_ivon import functional
 from hf_ivon.data import is_language_model
+from hf_ivon.example_gradients import SquaredGradients, alike, single_examples
 from hf_ivon.mean import mean_digest, posterior_keys, unwrap
 from hf_ivon.posterior import Posterior
 from hf_ivon.posterior_config import PosteriorConfig, library_versions
-from hf_ivon.predict import evaluation_mode, logits_of
+from hf_ivon.predict import evaluation_mode
 
 ESTIMATORS = ("squared-gradient", "ggn")
 _IGNORED = -100
@@ -72,27 +74,22 @@ def estimate_posterior(
     if not params:
         raise ValueError("The model must have parameters that require gradients, got none. Unfreeze some.")
     bare = unwrap(model)
-    generator = torch.Generator().manual_seed(seed)
-    totals = _Totals(params)
-    examples, units, of_tokens = 0, 0, False
+    totals, directions = SquaredGradients(bare, params), _Directions(bare, estimator, seed)
     with evaluation_mode(model), torch.enable_grad():
-        for inputs, labels in single_examples(data, next(iter(params.values())).device):
-            logits = logits_of(bare, inputs)
-            weighted, counted, of_tokens = _losses(bare, logits, labels, estimator, generator)
-            totals.add(weighted)
-            examples += 1
-            units += counted
-    if not units:
+        one_by_one = single_examples(data, next(iter(params.values())).device)
+        for inputs, labels in alike(one_by_one, totals.together()):
+            totals.add(inputs, functools.partial(directions.of, labels=labels))
+    if not directions.units:
         raise ValueError("`data` must hold examples that count, got none. Check the split, and its labels.")
-    hess = {name: total.float().cpu().div_(units) for name, total in totals.sums().items()}
-    size = train_size or max(1, round(units * scale))
+    hess = {name: total.float().cpu().div_(directions.units) for name, total in totals.sums().items()}
+    size = train_size or max(1, round(directions.units * scale))
     average = sum(float(h.double().sum()) for h in hess.values()) / sum(h.numel() for h in hess.values())
     config = PosteriorConfig(
         ess=float(size),
         weight_decay=weight_decay,
         hess_init=max(average, 1e-30),
-        num_examples=max(1, round(examples * scale)) if of_tokens else size,
-        num_tokens=size if of_tokens else None,
+        num_examples=max(1, round(directions.examples * scale)) if directions.of_tokens else size,
+        num_tokens=size if directions.of_tokens else None,
         steps=0,
         betas=(0.0, 0.0),
         estimator=estimator,
@@ -121,101 +118,50 @@ def check_settings(estimator: str, weight_decay: float, train_size: int | None =
         raise ValueError(f"`scale` must be positive and finite, got {scale!r}. 1 takes `data` for all there was.")
 
 
-class _Totals:
-    """Sums of squared gradients, fp32: in two stages, so that a sum of millions does not swallow the next one."""
+class _Directions:
+    """What to differentiate a model's logits along: the squared gradients, added up, are the curvature.
 
-    _STAGE = 1024
-
-    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
-        self._params = params
-        self._recent = self._zeros()
-        self._earlier: dict[str, Tensor] | None = None
-        self._count = 0
-
-    def _zeros(self) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self._params.items()}
-
-    def add(self, weighted: list[tuple[float, Tensor]]) -> None:
-        """Add the squared gradients of losses of one forward pass, each times its weight."""
-        for i, (weight, loss) in enumerate(weighted):
-            more = i + 1 < len(weighted)
-            grads = torch.autograd.grad(loss, list(self._params.values()), retain_graph=more, allow_unused=True)
-            for total, grad in zip(self._recent.values(), grads, strict=True):
-                if grad is not None:
-                    grad = grad.detach().float()
-                    total.addcmul_(grad, grad, value=weight)
-        self._count += 1
-        if self._count % self._STAGE == 0:
-            self._earlier, self._recent = self.sums(), self._zeros()
-
-    def sums(self) -> dict[str, Tensor]:
-        """Return the sums so far."""
-        if self._earlier is None:
-            return self._recent
-        return {name: self._earlier[name] + recent for name, recent in self._recent.items()}
-
-
-def single_examples(
-    data: Iterable[Mapping[str, Any]], device: torch.device
-) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
-    """Yield examples as batches of one, without what pads them.
-
-    Args:
-        data: Batches, each a mapping of the model's arguments.
-        device: Where they go.
-
-    Yields:
-        The model's arguments for one example, and its labels if there are some.
-
-    Raises:
-        ValueError: If a batch holds no tensors beside labels.
+    With one label drawn from the model for each example or token they are so on average.
     """
-    for batch in data:
-        # Tensors without dimensions, such as a count, are of no example.
-        tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and v.dim()}
-        labels = tensors.pop("labels", None)
-        if not tensors:
-            raise ValueError("Each batch must hold tensors of the model's arguments, got none. Check the data.")
-        for i in range(len(next(iter(tensors.values())))):
-            one = {k: v[i : i + 1] for k, v in tensors.items()}
-            target = None if labels is None else labels[i : i + 1]
-            mask = one.get("attention_mask")
-            if mask is not None and mask.dim() == 2 and not mask.bool().all():
-                kept = mask[0].bool()
-                if not kept.any():  # a row that fills up a batch
-                    continue
-                one = {k: v[:, kept] if v.dim() > 1 and v.shape[1] == len(kept) else v for k, v in one.items()}
-                if target is not None and target.dim() == 2 and target.shape[1] == len(kept):
-                    target = target[:, kept]
-            yield one, target
 
+    def __init__(self, model: nn.Module, estimator: str, seed: int) -> None:
+        self._model, self._estimator = model, estimator
+        self._generator = torch.Generator().manual_seed(seed)
+        self.examples, self.units, self.of_tokens = 0, 0, False
 
-def _losses(
-    model: nn.Module, logits: Tensor, labels: Tensor | None, estimator: str, generator: torch.Generator
-) -> tuple[list[tuple[float, Tensor]], int, bool]:
-    """Return weighted losses of an example, their units, and whether these are tokens."""
-    # The losses' squared gradients, times the weights, are the curvature; on average, where labels are drawn.
-    if logits.dim() == 3:
-        return *_of_tokens(model, logits.float(), labels, estimator, generator), True
-    if logits.dim() > 3:
-        raise ValueError(
-            f"`model` must give logits of shape (batch, classes) or (batch, tokens, classes), got "
-            f"{tuple(logits.shape)}. Other models are not supported."
-        )
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    outputs = logits.float().reshape(-1)
-    if problem is None and len(outputs) > 1 and labels is not None and labels.is_floating_point():
-        raise ValueError(
-            f"`model.config.problem_type` must be set where `labels` are no classes, got None for {labels.dtype}. Set "
-            f"it to 'multi_label_classification' or 'regression'."
-        )
-    return _of_outputs(outputs, problem, estimator, generator), 1, False
+    def of(self, logits: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the directions of a batch, (directions, *logits), and count what it has.
+
+        Raises:
+            ValueError: If the logits or the labels are not of a kind that is known.
+        """
+        self.examples += len(logits)
+        if logits.dim() == 3:
+            self.of_tokens = True
+            along, counted = _of_tokens(self._model, logits.float(), labels, self._estimator, self._generator)
+            self.units += counted
+            return along
+        if logits.dim() > 3:
+            raise ValueError(
+                f"`model` must give logits of shape (batch, classes) or (batch, tokens, classes), got "
+                f"{tuple(logits.shape)}. Other models are not supported."
+            )
+        problem = getattr(getattr(self._model, "config", None), "problem_type", None)
+        outputs = logits.float().reshape(len(logits), -1)
+        if problem is None and outputs.shape[1] > 1 and labels is not None and labels.is_floating_point():
+            raise ValueError(
+                f"`model.config.problem_type` must be set where `labels` are no classes, got None for {labels.dtype}. "
+                f"Set it to 'multi_label_classification' or 'regression'."
+            )
+        self.units += len(logits)
+        along = _of_outputs(outputs.cpu(), problem, self._estimator, self._generator)
+        return along.to(logits.device).reshape(-1, *logits.shape)
 
 
 def _of_tokens(
     model: nn.Module, logits: Tensor, labels: Tensor | None, estimator: str, generator: torch.Generator
-) -> tuple[list[tuple[float, Tensor]], int]:
-    """Return the losses of a sequence, and the number of tokens that count."""
+) -> tuple[Tensor, int]:
+    """Return the direction of sequences, (1, batch, tokens, classes), and the number of tokens that count."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"`model` must be a causal language model or classify tokens, got {type(model).__name__}, which has an "
@@ -235,34 +181,31 @@ def _of_tokens(
             f"`labels` must be one per token, of shape {tuple(logits.shape[:2])}, got {got}. They say which tokens "
             f"count: label the others {_IGNORED}."
         )
-    logits, labels = (logits[0, :-1], labels[0, 1:]) if predicts_next else (logits[0], labels[0])
-    counts = labels.cpu() != _IGNORED
-    if not counts.any():
-        return [], 0
-    drawn = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)[:, 0]
-    drawn = torch.where(counts, drawn, torch.full_like(drawn, _IGNORED)).to(logits.device)
-    return [(1.0, nn.functional.cross_entropy(logits, drawn, reduction="sum"))], int(counts.sum())
+    along = torch.zeros_like(logits)
+    of_tokens = along[:, :-1] if predicts_next else along
+    labels = (labels[:, 1:] if predicts_next else labels).to(logits.device)
+    probabilities = (logits[:, :-1] if predicts_next else logits).softmax(-1)
+    counts = labels != _IGNORED
+    drawn = torch.multinomial(probabilities.flatten(0, 1).cpu(), 1, generator=generator).to(logits.device)
+    residual = probabilities.scatter_add(-1, drawn.view(*labels.shape, 1), -torch.ones_like(probabilities[..., :1]))
+    of_tokens.copy_(residual * counts[..., None])
+    return along[None], int(counts.sum())
 
 
-def _of_outputs(
-    outputs: Tensor, problem: str | None, estimator: str, generator: torch.Generator
-) -> list[tuple[float, Tensor]]:
-    """Return the losses of an example of a classifier or a regression, whose outputs are (classes,)."""
-    known = outputs.detach().cpu()
+def _of_outputs(outputs: Tensor, problem: str | None, estimator: str, generator: torch.Generator) -> Tensor:
+    """Return the directions, (directions, batch, outputs), of a classifier's or a regression's outputs."""
+    each = torch.eye(outputs.shape[1])[:, None].expand(-1, len(outputs), -1)
     if problem == "multi_label_classification":
         # Each output is the logit of a yes or no of its own; the second derivative by it is p (1 - p).
-        p = known.sigmoid()
+        p = outputs.sigmoid()
         if estimator == "ggn":
-            return [(float(q * (1 - q)), output) for q, output in zip(p, outputs, strict=True)]
-        residual = p - torch.bernoulli(p, generator=generator)
-    elif problem == "regression" or len(outputs) == 1:
+            return each * (p * (1 - p)).sqrt()
+        return (p - torch.bernoulli(p, generator=generator))[None]
+    if problem == "regression" or outputs.shape[1] == 1:
         # Gaussians of unit variance: the gradient of the log-probability is the residual times that of the output.
-        if estimator == "ggn":
-            return [(1.0, output) for output in outputs]
-        residual = torch.randn(known.shape, generator=generator)
-    else:
-        losses, probabilities = -outputs.log_softmax(-1), known.softmax(-1)
-        if estimator == "ggn":
-            return [(float(p), losses[c]) for c, p in enumerate(probabilities)]
-        return [(1.0, losses[int(torch.multinomial(probabilities, 1, generator=generator))])]
-    return [(1.0, outputs @ residual.to(outputs.device))]
+        return each if estimator == "ggn" else torch.randn(outputs.shape, generator=generator)[None]
+    p = outputs.softmax(-1)
+    if estimator == "ggn":
+        return p.T[..., None].sqrt() * (p - each)
+    drawn = torch.multinomial(p, 1, generator=generator)
+    return p.scatter_add(1, drawn, -torch.ones_like(p[:, :1]))[None]

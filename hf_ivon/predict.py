@@ -319,7 +319,11 @@ def _on_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str
 
 def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """Return a model's logits, wherever its output has them; a `ValueError` if it has none."""
-    outputs = model(**inputs)
+    return logits_in(model(**inputs))
+
+
+def logits_in(outputs: Any) -> Tensor:
+    """Return the logits in a model's output; a `ValueError` if there are none."""
     if isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping) and "logits" not in outputs:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_ivon.curvature import single_examples
 from hf_ivon.data import is_language_model
+from hf_ivon.example_gradients import single_examples
 from hf_ivon.mean import posterior_keys, unwrap
 from hf_ivon.predict import evaluation_mode, logits_of, shown
 

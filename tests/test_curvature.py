@@ -4,10 +4,17 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, BertForMaskedLM, PreTrainedConfig
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertForMaskedLM,
+    GPT2ForSequenceClassification,
+    PreTrainedConfig,
+)
 
-from hf_ivon import load_posterior, save_posterior
-from hf_ivon.curvature import _Totals, estimate_posterior
+from hf_ivon import example_gradients, load_posterior, save_posterior
+from hf_ivon.curvature import estimate_posterior
+from hf_ivon.example_gradients import SquaredGradients
 from hf_ivon.merge import merge
 from tests import tiny
 
@@ -120,9 +127,9 @@ def test_models_of_tokens_need_labels_for_them():
     """All tokens would count, also those that training left out; and a decoder has tokens of its own."""
     rows = torch.stack([r["input_ids"] for r in tiny.sentences(2)])
     for model in (tiny.tagger(), BertForMaskedLM(tiny.bert().config)):
-        with pytest.raises(ValueError, match=r"`labels` must be one per token, of shape \(1, 8\), got none"):
+        with pytest.raises(ValueError, match=r"`labels` must be one per token, of shape \(2, 8\), got none"):
             estimate_posterior(model, [{"input_ids": rows}])
-    with pytest.raises(ValueError, match=r"must be one per token, of shape \(1, 8\), got \(1, 7\)"):
+    with pytest.raises(ValueError, match=r"must be one per token, of shape \(2, 8\), got \(2, 7\)"):
         estimate_posterior(tiny.gpt2(), [{"input_ids": rows, "labels": rows[:, 1:]}])
     sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
     heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1, "vocab_size": tiny.VOCABULARY}
@@ -177,7 +184,7 @@ def test_sums_in_stages_are_the_sum(monkeypatch):
     data, _ = batches()
     model = Linear(3)
     whole = estimate_posterior(model, data, weight_decay=DELTA)
-    monkeypatch.setattr(_Totals, "_STAGE", 5)
+    monkeypatch.setattr(SquaredGradients, "_STAGE", 5)
     staged = estimate_posterior(model, data, weight_decay=DELTA)
     for name in whole.names():
         torch.testing.assert_close(whole.variance[name], staged.variance[name], rtol=1e-5, atol=0)
@@ -257,3 +264,80 @@ def test_a_small_share_is_still_of_an_example():
     data, _ = batches()
     posterior = estimate_posterior(Linear(2), data, scale=1e-9)
     assert posterior.config.ess == posterior.config.num_examples == 1
+
+
+def lora():
+    return peft.get_peft_model(tiny.bert(), peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False))
+
+
+@pytest.mark.parametrize(
+    ("make", "estimator"),
+    [
+        (tiny.bert, "squared-gradient"),
+        (tiny.bert, "ggn"),
+        (lambda: tiny.bert(num_labels=1), "ggn"),
+        (lora, "squared-gradient"),
+        (tiny.gpt2, "squared-gradient"),
+        (tiny.tagger, "squared-gradient"),
+    ],
+)
+def test_vectorised_gradients_are_those_of_single_examples(make, estimator, monkeypatch, caplog):
+    """Taken together by `torch.func`, of other lengths and with padding, each example's square must be its own.
+
+    The labels are drawn from the same numbers in the same order, so that the two differ by rounding alone.
+    """
+    model, rows = make(), torch.stack([r["input_ids"] for r in tiny.sentences(9)])
+    mask, labels = torch.ones_like(rows), rows.clone()
+    mask[:4, 5:], labels[:4, 5:], labels[6, :3] = 0, -100, -100
+    data = [{"input_ids": rows, "attention_mask": mask}]
+    if make in (tiny.gpt2, tiny.tagger):
+        data[0]["labels"] = labels
+    calls = []
+    each = SquaredGradients._add_one
+    monkeypatch.setattr(SquaredGradients, "_add_one", lambda *args: (calls.append(1), each(*args)))
+    together = estimate_posterior(model, data, estimator=estimator, weight_decay=DELTA)
+    assert not calls
+    assert not caplog.records
+    monkeypatch.setattr(example_gradients, "_BUDGET", 1)
+    alone = estimate_posterior(model, data, estimator=estimator, weight_decay=DELTA)
+    assert len(calls) == 9
+    for name in together.names():
+        torch.testing.assert_close(together.hess(name), alone.hess(name), rtol=1e-3, atol=1e-6)
+    assert together.config.num_examples == alone.config.num_examples == 9
+    assert together.config.num_tokens == alone.config.num_tokens
+
+
+def test_a_model_that_cannot_be_vectorised_is_taken_one_by_one(caplog):
+    """Mixtures of experts, custom kernels: control flow that depends on the data ended in an error of `torch.func`."""
+
+    class Gated(Linear):
+        def forward(self, x):
+            return self.layer(x) * (2.0 if x.sum() > 0 else 1.0)
+
+    data, x = batches()
+    model = Gated(3)
+    posterior = estimate_posterior(model, data, estimator="ggn", weight_decay=DELTA)
+    assert caplog.text.count("The gradients of Gated are taken one example at a time") == 1
+    factor = torch.where(x.sum(1) > 0, 2.0, 1.0)
+    p = torch.stack([model(row[None])[0] for row in x]).softmax(-1)
+    expected = torch.einsum("n,nc,ni->ci", factor.square(), p * (1 - p), x.square()) / len(x)
+    torch.testing.assert_close(posterior.hess("layer.weight"), expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_decoder_without_a_token_for_padding_classifies():
+    """Transformers' decoders refuse batches where the configuration names no padding; examples here need none."""
+    model = GPT2ForSequenceClassification(tiny.gpt2().config)
+    rows = torch.stack([r["input_ids"] for r in tiny.sentences(6)])
+    assert model.config.pad_token_id is None
+    assert estimate_posterior(model, [{"input_ids": rows}]).config.num_examples == 6
+
+
+def test_other_errors_of_a_model_are_its_own():
+    """Only what `torch.func` cannot do is worked around: an error of the model must not be hidden."""
+
+    class Broken(Linear):
+        def forward(self, x):
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        estimate_posterior(Broken(2), batches()[0])
