@@ -220,7 +220,7 @@ class GradientCapture:
             raise RuntimeError(windows.BROKEN)
         shared = self.contexts > 0 and distributed.world_size() > 1
         for p in params:
-            if (p not in self.captured and not shared) or p in self._at_mean:
+            if p in self._at_mean or not (shared or p in self.captured or windows.released(p, self.captured)):
                 name = parameter_names(groups).get(p, "?")
                 raise RuntimeError(windows.STALE if self._stale.is_there(p) else windows.AT_MEAN.format(name=name))
         if self.contexts % mc_samples:

@@ -96,6 +96,20 @@ class Gradients:
         return self._by_parameter.get(p) == [id(p.grad), p.grad._version]
 
 
+def released(p: Tensor, captured: set[Tensor]) -> bool:
+    """Let go of a gradient that was zeroed in place and that a window, which has others, did not add to.
+
+    The parameter is then one without a gradient, as where gradients are set to None.
+
+    Returns:
+        Whether it was one.
+    """
+    if not captured or p.grad is None or p.grad.any():
+        return False
+    p.grad = None
+    return True
+
+
 def overflowed(context: Context) -> bool:
     """Tell whether earlier gradients of a window are not finite, so that a gradient scaler has skipped their step."""
     scaled = isinstance(context.inverse_scale, Tensor) or context.inverse_scale != 1.0

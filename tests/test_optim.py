@@ -187,6 +187,25 @@ def test_gradients_at_the_mean_are_forgotten_when_cleared():
     assert optimizer.param_groups[0]["window"] == 1
 
 
+@pytest.mark.parametrize("foreach", [True, False])
+def test_parameters_left_out_of_a_step_may_be_zeroed_in_place(foreach):
+    """A head that only some batches use: zeroed by `zero_grad(set_to_none=False)`, its gradient is that of no sample.
+
+    It was refused as one taken at the mean. The steps must be those of gradients set to None, where it is skipped.
+    """
+    x = torch.randn(8, 4)
+    models = [make_model() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, to_none in zip(models, (True, False), strict=True):
+        optimizer = make_ivon(model.parameters(), foreach=foreach)
+        for part in (model, model[0], model, model[0]):
+            with optimizer.sampled_params(train=True):
+                part(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+    assert_equal(models[1], snapshot(models[0]))
+
+
 def test_gradients_of_an_earlier_step_raise():
     """A forgotten `zero_grad` adds up gradients for ever; with IVON the Hessian would not even match them."""
     model = make_model()

@@ -48,7 +48,11 @@ def sweep(
     for weights in tqdm(list(grid(len(plan.models), steps)), desc="Sweeping", unit="merge"):
         scaled = [scale * w for w in weights]
         state = merged_state_dict(dataclasses.replace(plan, weights=scaled))
-        metrics = {name: function(build_model(plan, state, name)) for name, function in evaluate.items()}
+        metrics, model = {}, None
+        for name, function in evaluate.items():
+            if model is None or plan.separate:
+                model = build_model(plan, state, name)
+            metrics[name] = function(model)
         scores = [_score(m) for m in metrics.values()]
         points.append({"weights": scaled, "metrics": metrics, "scores": scores, "score": sum(scores) / len(scores)})
     front = pareto([point["scores"] for point in points])
