@@ -77,7 +77,7 @@ def estimate_posterior(
     totals, directions = SquaredGradients(bare, params), _Directions(bare, estimator, seed)
     with evaluation_mode(model), torch.enable_grad():
         one_by_one = single_examples(data, next(iter(params.values())).device)
-        for inputs, labels in alike(one_by_one, totals.together()):
+        for inputs, labels in alike(one_by_one, totals.together):
             totals.add(inputs, functools.partial(directions.of, labels=labels))
     if not directions.units:
         raise ValueError("`data` must hold examples that count, got none. Check the split, and its labels.")

@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 Example = tuple[dict[str, Tensor], Tensor | None]
 
-# Gradients that are held at once, in numbers (256 MiB of fp32), and the fewest and most examples that this is used
-# for: fewer than four are as fast one after another.
+# What is held of examples that are taken together, in numbers (256 MiB of fp32): gradients, activations and logits.
+# And the fewest and most of them: fewer than four are as fast one after another.
 _BUDGET = 2**26
 _FEWEST, _MOST = 4, 16
 
@@ -56,22 +56,22 @@ def single_examples(data: Iterable[Mapping[str, Any]], device: torch.device) -> 
             yield one, target
 
 
-def alike(examples: Iterable[Example], size: int) -> Iterator[Example]:
+def alike(examples: Iterable[Example], size: Callable[[dict[str, Tensor]], int]) -> Iterator[Example]:
     """Gather examples of equal shapes, which can be a batch without padding.
 
     Args:
         examples: Batches of one.
-        size: Most examples of a batch.
+        size: From the inputs of one to how many like it a batch may have.
 
     Yields:
-        Batches of up to `size` examples, each example in one of them.
+        Batches, each example in one of them.
     """
     waiting: dict[Any, list[Example]] = {}
     for inputs, labels in examples:
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in inputs.items()}
         kind = (tuple(sorted(shapes.items())), None if labels is None else (labels.shape, labels.dtype))
         waiting.setdefault(kind, []).append((inputs, labels))
-        if len(waiting[kind]) == size:
+        if len(waiting[kind]) >= size(inputs):
             yield _stacked(waiting.pop(kind))
     for rest in waiting.values():
         yield _stacked(rest)
@@ -88,8 +88,8 @@ def _stacked(examples: list[Example]) -> Example:
 class SquaredGradients:
     """Sums of squared gradients of single examples, fp32.
 
-    Examples of equal shapes are taken together (`torch.func.vmap`) where their gradients fit into a memory of fixed
-    size, and one after another otherwise, or if the model cannot be vectorised.
+    Examples of equal shapes are taken together (`torch.func.vmap`) where what is held of them fits into a memory of
+    fixed size, and one after another otherwise, or if the model cannot be vectorised.
     """
 
     # In two stages, so that a sum of millions does not swallow the next one.
@@ -105,14 +105,23 @@ class SquaredGradients:
         self._model, self._params = model, params
         own = {p: name for name, p in model.named_parameters()}
         self._names = [own[p] for p in params.values()]
-        self._fitting = _BUDGET // max(1, sum(p.numel() for p in params.values()))
+        self._can_vectorise = True
+        self._held_per_input: float | None = None  # activations and logits, by what the first example has
         self._recent = self._zeros()
         self._earlier: dict[str, Tensor] | None = None
         self._count = 0
 
-    def together(self, directions: int = 1) -> int:
-        """Return how many examples are taken at once, of which so many gradients are held."""
-        size = min(self._fitting // directions, _MOST)
+    def together(self, inputs: dict[str, Tensor], directions: int = 1) -> int:
+        """Return how many examples are taken at once.
+
+        Args:
+            inputs: The model's arguments for one such example.
+            directions: How many gradients there are of each.
+        """
+        if self._held_per_input is None or not self._can_vectorise:
+            return 1
+        gradients = directions * sum(p.numel() for p in self._params.values())
+        size = min(int(_BUDGET / max(1.0, gradients + self._held_per_input * _numel(inputs))), _MOST)
         return size if size >= _FEWEST else 1
 
     def add(self, inputs: dict[str, Tensor], cotangents: Callable[[Tensor], Tensor]) -> None:
@@ -125,7 +134,7 @@ class SquaredGradients:
         """
         count = len(next(iter(inputs.values())))
         if count == 1:
-            logits = logits_of(self._model, inputs)
+            logits = self._watched(inputs) if self._held_per_input is None else logits_of(self._model, inputs)
             self._add_one(logits, cotangents(logits.detach()))
         else:
             # One at a time in any case: decoders that classify refuse batches where they know no token for padding.
@@ -134,7 +143,7 @@ class SquaredGradients:
                 if logits is None:
                     logits = torch.cat([logits_of(self._model, _rows(inputs, i, 1)) for i in range(count)])
             along = cotangents(logits)
-            size = self.together(len(along))
+            size = self.together(_rows(inputs, 0, 1), len(along))
             for start in range(0, count, size):
                 self._add_rows(_rows(inputs, start, size), along[:, start : start + size])
         self._count += count
@@ -151,6 +160,22 @@ class SquaredGradients:
             for name, total in zip(self._names, self._recent.values(), strict=True):
                 for grad in of_direction[name].float():
                     total.addcmul_(grad, grad)
+
+    def _watched(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return logits, and note what is held for each number of the inputs until the backward pass."""
+        held = 0
+
+        def keep(tensor: Tensor) -> Tensor:
+            nonlocal held
+            if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+                held += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = logits_of(self._model, inputs)
+        # The logits come with their softmax, what is drawn from it, and the direction.
+        self._held_per_input = (held + 4 * logits.numel()) / max(1, _numel(inputs))
+        return logits
 
     def _add_one(self, logits: Tensor, along: Tensor) -> None:
         for i, direction in enumerate(along):
@@ -176,7 +201,7 @@ class SquaredGradients:
 
     def _vectorised(self, function: Callable[..., Any], inputs: dict[str, Tensor], *args: Tensor) -> Any:
         """Return what a function gives for all examples, or None if they are to be taken one by one."""
-        if self._fitting < _FEWEST or len(next(iter(inputs.values()))) == 1:
+        if not self._can_vectorise or len(next(iter(inputs.values()))) == 1:
             return None
         # Nothing is masked any more. Models ask whether anything is, which vmap cannot answer of what varies.
         varies = {k: 0 if k != "attention_mask" or v.dim() != 2 else None for k, v in inputs.items()}
@@ -189,7 +214,7 @@ class SquaredGradients:
         except RuntimeError as err:
             if not any(word in str(err) for word in ("vmap", "functorch", "torch.func")):
                 raise
-            self._fitting = 1
+            self._can_vectorise = False
             logger.warning(
                 "The gradients of %s are taken one example at a time, as it cannot be vectorised: %s",
                 type(self._model).__name__,
@@ -209,3 +234,7 @@ class SquaredGradients:
 
 def _rows(inputs: dict[str, Tensor], start: int, count: int) -> dict[str, Tensor]:
     return {name: tensor[start : start + count] for name, tensor in inputs.items()}
+
+
+def _numel(inputs: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in inputs.values())

@@ -127,9 +127,9 @@ def test_models_of_tokens_need_labels_for_them():
     """All tokens would count, also those that training left out; and a decoder has tokens of its own."""
     rows = torch.stack([r["input_ids"] for r in tiny.sentences(2)])
     for model in (tiny.tagger(), BertForMaskedLM(tiny.bert().config)):
-        with pytest.raises(ValueError, match=r"`labels` must be one per token, of shape \(2, 8\), got none"):
+        with pytest.raises(ValueError, match=r"`labels` must be one per token, of shape \(1, 8\), got none"):
             estimate_posterior(model, [{"input_ids": rows}])
-    with pytest.raises(ValueError, match=r"must be one per token, of shape \(2, 8\), got \(2, 7\)"):
+    with pytest.raises(ValueError, match=r"must be one per token, of shape \(1, 8\), got \(1, 7\)"):
         estimate_posterior(tiny.gpt2(), [{"input_ids": rows, "labels": rows[:, 1:]}])
     sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
     heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1, "vocab_size": tiny.VOCABULARY}
@@ -296,15 +296,35 @@ def test_vectorised_gradients_are_those_of_single_examples(make, estimator, monk
     each = SquaredGradients._add_one
     monkeypatch.setattr(SquaredGradients, "_add_one", lambda *args: (calls.append(1), each(*args)))
     together = estimate_posterior(model, data, estimator=estimator, weight_decay=DELTA)
-    assert not calls
+    assert len(calls) == 1  # the first, which shows how much an example holds
     assert not caplog.records
     monkeypatch.setattr(example_gradients, "_BUDGET", 1)
     alone = estimate_posterior(model, data, estimator=estimator, weight_decay=DELTA)
-    assert len(calls) == 9
+    assert len(calls) == 10
     for name in together.names():
         torch.testing.assert_close(together.hess(name), alone.hess(name), rtol=1e-3, atol=1e-6)
     assert together.config.num_examples == alone.config.num_examples == 9
     assert together.config.num_tokens == alone.config.num_tokens
+
+
+def test_activations_count_in_what_is_held_at_once(monkeypatch):
+    """Sixteen gradients of an adapter are small; sixteen long texts in a large model are not: memory would run out."""
+    model, together = lora(), []
+    rows = torch.stack([r["input_ids"] for r in tiny.sentences(6)])
+    gradients = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    vectorised = SquaredGradients._vectorised
+
+    def spy(totals, function, inputs, *args):
+        together.append(len(inputs["input_ids"]))
+        return vectorised(totals, function, inputs, *args)
+
+    monkeypatch.setattr(SquaredGradients, "_vectorised", spy)
+    monkeypatch.setattr(example_gradients, "_BUDGET", 6 * gradients)
+    estimate_posterior(model, [{"input_ids": rows}])
+    assert not together
+    monkeypatch.setattr(example_gradients, "_BUDGET", 10**6)
+    estimate_posterior(model, [{"input_ids": rows}])
+    assert set(together) == {5}
 
 
 def test_a_model_that_cannot_be_vectorised_is_taken_one_by_one(caplog):
