@@ -22,6 +22,7 @@ _HOME = {
     "PosteriorFormatError": "checkpoint",
     "Sensitivity": "sensitivity",
     "estimate_sensitivity": "sensitivity",
+    "fit_ess_scale": "calibration",
     "load_posterior": "checkpoint",
     "minimum_bayes_risk": "generation",
     "pipeline": "pipelines",
@@ -44,6 +45,7 @@ __all__ = [
     "Sensitivity",
     "__version__",
     "estimate_sensitivity",
+    "fit_ess_scale",
     "load_posterior",
     "merge",
     "minimum_bayes_risk",
@@ -57,6 +59,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from hf_ivon import merge as merge
+    from hf_ivon.calibration import fit_ess_scale
     from hf_ivon.checkpoint import PosteriorFormatError, load_posterior, save_posterior
     from hf_ivon.generation import minimum_bayes_risk, posterior_generate, sample_generations
     from hf_ivon.mixture import Mixture

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from hf_ivon import functional
 from hf_ivon.json_files import read_json
 from hf_ivon.mean import buffer_keys, match_problems, mean_digest, posterior_keys, unwrap
-from hf_ivon.posterior import Posterior, one_or_all
-from hf_ivon.posterior_config import PosteriorConfig, library_versions
+from hf_ivon.posterior import Posterior
+from hf_ivon.posterior_config import PosteriorConfig, library_versions, one_or_all
 from hf_ivon.renamed import tensors_as_loaded
 from hf_ivon.tensor_files import TensorFiles
 

@@ -1,4 +1,4 @@
-"""Parts of a posterior, by names of tensors or modules, and its variances in other dtypes."""
+"""What is done with a posterior's tensors one by one: parts by name, other dtypes, other widths, draws."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from hf_ivon import functional
 from hf_ivon.posterior_config import PosteriorConfig
 
 _LISTED = 8
@@ -101,6 +102,12 @@ def config_of_part(config: PosteriorConfig, names: Iterable[str], mean_digest: s
     )
 
 
+def scaled_config(config: PosteriorConfig, ess_scale: float) -> PosteriorConfig:
+    """Return the configuration of a posterior whose precision is multiplied by a number, and whose Hessian is not."""
+    ess = {n: v * ess_scale for n, v in config.ess.items()} if isinstance(config.ess, dict) else config.ess * ess_scale
+    return dataclasses.replace(config, ess=ess)
+
+
 def converted(name: str, variance: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the variances of one tensor in another dtype.
 
@@ -131,3 +138,12 @@ def converted(name: str, variance: Tensor, dtype: torch.dtype) -> Tensor:
             f"inf or inexact. Use torch.bfloat16, which has the range of float32, or torch.float32."
         )
     return variance.to(dtype)
+
+
+def perturbed(mean: Tensor, variance: Tensor, generator: torch.Generator | None, ess_scale: float) -> Tensor:
+    """Return a draw of one tensor, in the dtype and on the device of the mean; its noise is drawn on the CPU."""
+    noise = torch.randn(variance.shape, generator=generator, dtype=variance.dtype, device="cpu").to(variance.device)
+    for part, var in functional.cache_sized(noise, variance):
+        part.mul_((var / ess_scale).sqrt_())
+    dtype = torch.promote_types(mean.dtype, variance.dtype)  # neither a bf16 nor an fp64 mean is rounded by the sum
+    return noise.to(mean.device, dtype).add_(mean.detach().to(dtype)).to(mean.dtype)

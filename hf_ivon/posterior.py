@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from hf_ivon import distributed, functional
 from hf_ivon.mean import match_problems, mean_digest, posterior_keys, weights_lock, write_back
 from hf_ivon.options import ess_of
-from hf_ivon.parts import config_of_part, converted, names_below
-from hf_ivon.posterior_config import PosteriorConfig, library_versions
+from hf_ivon.parts import config_of_part, converted, names_below, perturbed, scaled_config
+from hf_ivon.posterior_config import PosteriorConfig, library_versions, one_or_all
 from hf_ivon.tensor_files import TensorFiles, headers
 
 if TYPE_CHECKING:
@@ -94,6 +94,26 @@ class Posterior:
         moved = Posterior(variance, self.config)
         moved.is_part = self.is_part
         return moved
+
+    def scaled(self, ess_scale: float) -> Posterior:
+        """Return the posterior that predictions with this `ess_scale` are averaged over; variances in files are read.
+
+        Args:
+            ess_scale: Factor on λ and so on the precision, > 0; below 1 the result is wider.
+
+        Returns:
+            A new posterior with the same Hessian.
+
+        Raises:
+            ValueError: If `ess_scale` is not positive and finite.
+        """
+        if not 0 < ess_scale < math.inf:
+            raise ValueError(f"`ess_scale` must be positive and finite, got {ess_scale!r}. 1 changes nothing.")
+        scaled = Posterior(
+            {name: self._variance(name) / ess_scale for name in self.variance}, scaled_config(self.config, ess_scale)
+        )
+        scaled.is_part = self.is_part
+        return scaled
 
     def restrict(self, parts: str | Iterable[str], model: nn.Module | None = None) -> Posterior:
         """Return the posterior of a part of the model; its draws leave all other weights at their mean.
@@ -377,17 +397,3 @@ class Posterior:
         from hf_ivon.hub import upload
 
         return upload(self, repo_id, **options)
-
-
-def perturbed(mean: Tensor, variance: Tensor, generator: torch.Generator | None, ess_scale: float) -> Tensor:
-    """Return a draw of one tensor, in the dtype and on the device of the mean; its noise is drawn on the CPU."""
-    noise = torch.randn(variance.shape, generator=generator, dtype=variance.dtype, device="cpu").to(variance.device)
-    for part, var in functional.cache_sized(noise, variance):
-        part.mul_((var / ess_scale).sqrt_())
-    dtype = torch.promote_types(mean.dtype, variance.dtype)  # neither a bf16 nor an fp64 mean is rounded by the sum
-    return noise.to(mean.device, dtype).add_(mean.detach().to(dtype)).to(mean.dtype)
-
-
-def one_or_all(values: dict[str, float]) -> float | dict[str, float]:
-    """Return the value that all names have, or, where they differ, all of them."""
-    return next(iter(values.values())) if len(set(values.values())) == 1 else values

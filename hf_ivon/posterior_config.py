@@ -90,6 +90,11 @@ class PosteriorConfig:
         )
 
 
+def one_or_all(values: dict[str, float]) -> float | dict[str, float]:
+    """Return the value that all names have, or, where they differ, all of them."""
+    return next(iter(values.values())) if len(set(values.values())) == 1 else values
+
+
 def config_problems(values: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the JSON form of a `PosteriorConfig`, one string a problem.
 

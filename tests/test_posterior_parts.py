@@ -54,6 +54,27 @@ def reads(monkeypatch):
     return names
 
 
+def test_a_scaled_posterior_is_what_predictions_are_averaged_over(saved, tmp_path):
+    """A width that was fitted is to be saved: the draws must be those of `ess_scale`, of the same curvature."""
+    directory, model, posterior = saved
+    mean = posterior_keys(model)
+    for given in (posterior, Posterior.from_pretrained(directory)):
+        wider = given.scaled(0.25)
+        drawn = wider.sample(mean, generator=torch.Generator().manual_seed(1))
+        expected = given.sample(mean, generator=torch.Generator().manual_seed(1), ess_scale=0.25)
+        for name in posterior.names():
+            torch.testing.assert_close(drawn[name], expected[name], rtol=1e-6, atol=0)
+            torch.testing.assert_close(wider.hess(name), given.hess(name), rtol=1e-4, atol=1e-6)
+            assert wider.config.of("ess", name) == 0.25 * given.config.of("ess", name)
+    save_posterior(wider, tmp_path / "wider")
+    again = Posterior.from_pretrained(tmp_path / "wider", model)
+    assert all(torch.equal(again.variance[name], wider.variance[name]) for name in wider.names())
+    assert posterior.restrict("0").scaled(2.0).is_part
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`ess_scale` must be positive and finite"):
+            posterior.scaled(scale)
+
+
 def test_another_process_can_be_given_a_posterior_that_is_read_when_used(saved):
     """A pool of processes that predict would end in a PicklingError."""
     directory, _, posterior = saved

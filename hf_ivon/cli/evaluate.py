@@ -21,6 +21,9 @@ def evaluate(
     ess_scale: Annotated[
         float, typer.Option(help="Factor on the posterior's precision; below 1 it is wider than it was saved.")
     ] = 1.0,
+    ess_scale_data: Annotated[
+        Path | None, typer.Option(help="Other labelled examples, held out of training too, to fit --ess-scale on.")
+    ] = None,
     ood_data: Annotated[Path | None, typer.Option(help="Examples of another domain, to be told apart.")] = None,
     text_columns: Annotated[
         list[str] | None, typer.Option(help="Columns that hold text, one or two; all that do by default.")
@@ -41,14 +44,20 @@ def evaluate(
     try:
         if ood_text_columns and ood_data is None:
             raise ValueError("`ood_text_columns` must come with `ood_data`. Add --ood-data.")
+        if ess_scale_data is not None and ess_scale != 1.0:
+            raise ValueError("`ess_scale` must be left out where it is fitted to `ess_scale_data`. Give one of them.")
         check_outputs(output, plots)
         columns = {"text_columns": text_columns or [], "max_length": max_length, "batch_size": batch_size}
         ood_columns = {**columns, "text_columns": ood_text_columns or columns["text_columns"]}
         sampling = {"num_samples": num_samples, "seed": seed, "ess_scale": ess_scale}
-        results, draw = run(model, data, sampling, tolerance, ood_data, columns, ood_columns, plots is not None)
+        results, draw = run(
+            model, data, sampling, tolerance, ess_scale_data, ood_data, columns, ood_columns, plots is not None
+        )
     except FAILURES as err:
         typer.echo(f"error: {err}", err=True)
         raise typer.Exit(2) from None
+    if ess_scale_data is not None:
+        typer.echo(f"ess_scale {results['ess_scale']:.4g}, fitted to {ess_scale_data}")
     width = max(len(name) for name in results["mean"])
     typer.echo(f"{'':<{width}}  {'mean':>10}  {'averaged':>10}   {results['num_samples']} weight samples")
     for name, value in results["mean"].items():
@@ -67,12 +76,14 @@ def run(
     file: Path,
     sampling: dict[str, Any],
     tolerance: float,
+    ess_scale_file: Path | None,
     ood_file: Path | None,
     columns: dict[str, Any],
     ood_columns: dict[str, Any],
     plots: bool,
 ) -> tuple[dict[str, Any], Callable[[Path], None]]:
     """Return `data`, the file's name, `mean` and `averaged`, metrics, `num_samples`, `ess_scale`; and what draws."""
+    from hf_ivon.calibration import fit_ess_scale
     from hf_ivon.data import best_device, is_language_model, load_batches, load_checkpoint, metrics_of
     from hf_ivon.metrics import out_of_domain_detection
     from hf_ivon.posterior import Posterior
@@ -81,7 +92,11 @@ def run(
     model, tokenizer = load_checkpoint(model_name)
     posterior = Posterior.from_pretrained(model_name, model, check_values=True)
     batches = load_batches(file, model, tokenizer, **columns)
+    held_out = None if ess_scale_file is None else load_batches(ess_scale_file, model, tokenizer, **columns)
     model.to(best_device())
+    if held_out is not None:
+        settings = {name: sampling[name] for name in ("num_samples", "seed")}
+        sampling = {**sampling, "ess_scale": fit_ess_scale(model, posterior, held_out, **settings)}
     if is_language_model(model):
         unused = {"ood_data": ood_file, "plots": plots or None, "tolerance": tolerance or None}
         _only_for_classifiers("a language model", **unused)

@@ -1,0 +1,105 @@
+"""The width of a posterior, fitted on held-out examples: against a grid, and where there is nothing to fit."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_ivon import (
+    Mixture,
+    Posterior,
+    PosteriorConfig,
+    fit_ess_scale,
+    load_posterior,
+    metrics,
+    posterior_perplexity,
+    posterior_predict,
+)
+from hf_ivon.data import load_batches, load_checkpoint
+from tests import tiny
+from tests.classifiers import classifiers, invoke
+from tests.test_predict import posterior_of as tiny_posterior
+
+__all__ = ["classifiers"]
+
+
+class Coin(nn.Module):
+    """Two classes, whose log-odds are one weight whatever the input is."""
+
+    def __init__(self, log_odds):
+        super().__init__()
+        self.log_odds = nn.Parameter(torch.tensor([log_odds]))
+
+    def forward(self, x):
+        return torch.cat([torch.zeros(len(x), 1), self.log_odds.expand(len(x), 1)], dim=1)
+
+
+def coin(log_odds, std, share):
+    """Return an estimate of a coin, its posterior, and throws of which that share is of the second class."""
+    model = Coin(log_odds)
+    config = PosteriorConfig(1.0, 0.0, 1.0, None, None, 1, (0.9, 0.99), "ivon-price", "")
+    labels = (torch.arange(20) < 20 * share).long()
+    return model, Posterior({"log_odds": torch.tensor([std**2])}, config), [{"x": torch.ones(20, 1), "labels": labels}]
+
+
+@pytest.mark.parametrize(("log_odds", "std", "share"), [(6.0, 0.5, 0.8), (3.0, 20.0, 0.8), (3.0, 1.0, 0.95)])
+def test_the_fit_is_the_best_of_a_grid(log_odds, std, share):
+    """A model that is too sure needs a wider posterior, one with too wide a posterior a narrower one."""
+    model, posterior, data = coin(log_odds, std, share)
+    mean = model.log_odds.detach().clone()
+
+    def loss(scale):
+        found = posterior_predict(model, posterior, data, num_samples=64, seed=3, ess_scale=scale)
+        return metrics.negative_log_likelihood(found.probabilities, found.labels)
+
+    grid = [2.0 ** (i / 2) for i in range(-24, 25)]
+    found = fit_ess_scale(model, posterior, data, num_samples=64, seed=3)
+    assert found == pytest.approx(min(grid, key=loss))
+    assert loss(found) <= loss(1.0)
+    assert torch.equal(model.log_odds, mean)
+    assert fit_ess_scale(model, Mixture([{"log_odds": mean}], [posterior]), data, num_samples=64, seed=3) == found
+
+
+def test_nothing_is_searched_for_ever():
+    """Where the mean is right, narrower is better for ever by less and less; a search to the end would take hours."""
+    model, posterior, data = coin(math.log(4.0), 0.1, 0.8)
+    tried = []
+    model.register_forward_hook(lambda *_: tried.append(1))
+    assert fit_ess_scale(model, posterior, data, num_samples=4) >= 1
+    assert len(tried) <= 4 * 10
+
+
+def test_language_models_and_what_cannot_be_fitted():
+    """Tokens have a likelihood; of numbers it hangs on their noise, which the model does not know."""
+    model = tiny.gpt2()
+    rows = torch.stack([r["input_ids"] for r in tiny.text(4)])
+    data, posterior = [{"input_ids": rows, "labels": rows}], tiny_posterior(model)
+    scale = fit_ess_scale(model, posterior, data, num_samples=2)
+    nll = [posterior_perplexity(model, posterior, data, num_samples=2, ess_scale=s)["nll"] for s in (scale, 1.0)]
+    assert nll[0] <= nll[1]
+    number = tiny.bert(num_labels=1)
+    with pytest.raises(ValueError, match="must predict classes or tokens, got a regression"):
+        fit_ess_scale(number, tiny_posterior(number), [{"input_ids": rows, "labels": torch.ones(4)}], num_samples=1)
+    with pytest.raises(ValueError, match="`num_samples` must be at least 1, got 0"):
+        fit_ess_scale(model, posterior, data, num_samples=0)
+    with pytest.raises(ValueError, match="column `label`"):
+        fit_ess_scale(tiny.bert(), tiny_posterior(tiny.bert()), [{"input_ids": rows}], num_samples=1)
+
+
+def test_the_command_fits_on_rows_of_their_own(classifiers):
+    """The width must be chosen on the rows that are for it, and used for the others; a number beside it is refused."""
+    start = ["evaluate", classifiers / "films", "--data", classifiers / "films.jsonl", "--num-samples", 3]
+    result = invoke(*start, "--ess-scale-data", classifiers / "books.jsonl", "--output", classifiers / "fit.json")
+    assert result.exit_code == 0, result.output
+    scale = json.loads((classifiers / "fit.json").read_text())["ess_scale"]
+    model, tokenizer = load_checkpoint(classifiers / "films")
+    books = load_batches(classifiers / "books.jsonl", model, tokenizer)
+    assert scale == fit_ess_scale(model, load_posterior(classifiers / "films", model), books, num_samples=3)
+    assert f"ess_scale {scale:.4g}, fitted to {classifiers / 'books.jsonl'}\n" in result.stdout
+    again = invoke(*start, "--ess-scale", scale)
+    assert again.stdout.endswith(result.stdout.partition("books.jsonl\n")[2])
+    result = invoke(*start, "--ess-scale-data", classifiers / "books.jsonl", "--ess-scale", 0.5)
+    assert result.exit_code == 2
+    assert "`ess_scale` must be left out where it is fitted to `ess_scale_data`" in result.output
