@@ -71,6 +71,31 @@ def test_nothing_is_searched_for_ever():
     assert len(tried) <= 4 * 10
 
 
+@pytest.mark.parametrize("limit", [0.25, 0.6])
+def test_the_fit_on_training_rows_is_the_widest_within_a_loss(limit):
+    """Wider by another eighth of a doubling the samples' loss must be above the limit, and at the fit it must not."""
+    model, posterior, data = coin(6.0, 1.0, 1.0)
+
+    def loss(scale):
+        single = {"num_samples": 1, "ess_scale": scale}
+        found = [posterior_predict(model, posterior, data, seed=5 + i, **single) for i in range(8)]
+        return sum(metrics.negative_log_likelihood(f.probabilities, f.labels) for f in found) / 8
+
+    found = fit_ess_scale(model, posterior, data, loss=limit, num_samples=8, seed=5)
+    assert loss(found) <= limit < loss(found / 2**0.125)
+    assert found < 1
+
+
+def test_where_the_mean_has_a_higher_loss_the_fit_is_next_to_the_mean():
+    """A model that has not fitted its rows needs no wider posterior; the search must end, and not be empty-handed."""
+    model, posterior, data = coin(math.log(4.0), 0.5, 0.8)
+    scale = fit_ess_scale(model, posterior, data, loss=0.1, num_samples=64)
+    found = posterior_predict(model, posterior, data, num_samples=64, ess_scale=scale)
+    at_mean = posterior_predict(model, None, data, num_samples=0)
+    assert scale > 4
+    torch.testing.assert_close(found.probabilities, at_mean.probabilities, rtol=0.02, atol=0)
+
+
 def test_language_models_and_what_cannot_be_fitted():
     """Tokens have a likelihood; of numbers it hangs on their noise, which the model does not know."""
     model = tiny.gpt2()
@@ -79,11 +104,17 @@ def test_language_models_and_what_cannot_be_fitted():
     scale = fit_ess_scale(model, posterior, data, num_samples=2)
     nll = [posterior_perplexity(model, posterior, data, num_samples=2, ess_scale=s)["nll"] for s in (scale, 1.0)]
     assert nll[0] <= nll[1]
+    limit = 1.01 * posterior_perplexity(model, posterior, data, num_samples=0)["nll"]
+    wide = fit_ess_scale(model, posterior, data, loss=limit, num_samples=1)
+    assert posterior_perplexity(model, posterior, data, num_samples=1, ess_scale=wide)["nll"] <= limit
     number = tiny.bert(num_labels=1)
     with pytest.raises(ValueError, match="must predict classes or tokens, got a regression"):
         fit_ess_scale(number, tiny_posterior(number), [{"input_ids": rows, "labels": torch.ones(4)}], num_samples=1)
     with pytest.raises(ValueError, match="`num_samples` must be at least 1, got 0"):
         fit_ess_scale(model, posterior, data, num_samples=0)
+    for limit in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`loss` must be positive and finite"):
+            fit_ess_scale(model, posterior, data, loss=limit)
     with pytest.raises(ValueError, match="column `label`"):
         fit_ess_scale(tiny.bert(), tiny_posterior(tiny.bert()), [{"input_ids": rows}], num_samples=1)
 
@@ -100,6 +131,11 @@ def test_the_command_fits_on_rows_of_their_own(classifiers):
     assert f"ess_scale {scale:.4g}, fitted to {classifiers / 'books.jsonl'}\n" in result.stdout
     again = invoke(*start, "--ess-scale", scale)
     assert again.stdout.endswith(result.stdout.partition("books.jsonl\n")[2])
+    fitted = fit_ess_scale(model, load_posterior(classifiers / "films", model), books, loss=1.0, num_samples=3)
+    limit = ("--ess-scale-loss", 1.0)
+    result = invoke(*start, *limit, "--ess-scale-data", classifiers / "books.jsonl")
+    assert f"ess_scale {fitted:.4g}, fitted to" in result.stdout
+    assert "`ess_scale_loss` must come with `ess_scale_data`" in invoke(*start, *limit).output
     result = invoke(*start, "--ess-scale-data", classifiers / "books.jsonl", "--ess-scale", 0.5)
     assert result.exit_code == 2
     assert "`ess_scale` must be left out where it is fitted to `ess_scale_data`" in result.output

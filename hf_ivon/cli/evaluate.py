@@ -24,6 +24,10 @@ def evaluate(
     ess_scale_data: Annotated[
         Path | None, typer.Option(help="Other labelled examples, held out of training too, to fit --ess-scale on.")
     ] = None,
+    ess_scale_loss: Annotated[
+        float | None,
+        typer.Option(help="With training examples for that: the loss that weight samples may have on them, nats."),
+    ] = None,
     ood_data: Annotated[Path | None, typer.Option(help="Examples of another domain, to be told apart.")] = None,
     text_columns: Annotated[
         list[str] | None, typer.Option(help="Columns that hold text, one or two; all that do by default.")
@@ -46,12 +50,15 @@ def evaluate(
             raise ValueError("`ood_text_columns` must come with `ood_data`. Add --ood-data.")
         if ess_scale_data is not None and ess_scale != 1.0:
             raise ValueError("`ess_scale` must be left out where it is fitted to `ess_scale_data`. Give one of them.")
+        if ess_scale_loss is not None and ess_scale_data is None:
+            raise ValueError("`ess_scale_loss` must come with `ess_scale_data`. Add --ess-scale-data.")
         check_outputs(output, plots)
         columns = {"text_columns": text_columns or [], "max_length": max_length, "batch_size": batch_size}
         ood_columns = {**columns, "text_columns": ood_text_columns or columns["text_columns"]}
         sampling = {"num_samples": num_samples, "seed": seed, "ess_scale": ess_scale}
         results, draw = run(
-            model, data, sampling, tolerance, ess_scale_data, ood_data, columns, ood_columns, plots is not None
+            *(model, data, sampling, tolerance, ess_scale_data, ess_scale_loss),
+            *(ood_data, columns, ood_columns, plots is not None),
         )
     except FAILURES as err:
         typer.echo(f"error: {err}", err=True)
@@ -77,6 +84,7 @@ def run(
     sampling: dict[str, Any],
     tolerance: float,
     ess_scale_file: Path | None,
+    ess_scale_loss: float | None,
     ood_file: Path | None,
     columns: dict[str, Any],
     ood_columns: dict[str, Any],
@@ -95,7 +103,7 @@ def run(
     held_out = None if ess_scale_file is None else load_batches(ess_scale_file, model, tokenizer, **columns)
     model.to(best_device())
     if held_out is not None:
-        settings = {name: sampling[name] for name in ("num_samples", "seed")}
+        settings = {"loss": ess_scale_loss, **{name: sampling[name] for name in ("num_samples", "seed")}}
         sampling = {**sampling, "ess_scale": fit_ess_scale(model, posterior, held_out, **settings)}
     if is_language_model(model):
         unused = {"ood_data": ood_file, "plots": plots or None, "tolerance": tolerance or None}
