@@ -6,13 +6,17 @@ import functools
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ivon.data import is_language_model, metrics_of
+from hf_ivon.json_files import read_json
 from hf_ivon.mean import unwrap
 from hf_ivon.predict import posterior_perplexity, posterior_predict
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     import torch
     from torch import nn
 
@@ -46,8 +50,8 @@ def fit_ess_scale(
 
     On training examples that would be the narrowest. There it can be the widest posterior whose samples have, on
     average, no higher loss than `loss`, to a factor of 2^(1/8). Half of what the training loss was on examples that
-    were seen for the first time, such as the average of the second half of the first epoch, was close to the best
-    width in what was measured (recipes/PAPERS.md).
+    were seen for the first time (`first_sight_loss`) was close to the best width in what was measured
+    (recipes/PAPERS.md).
 
     Either way all widths have the same noise, and some ten averaged predictions of the data are made.
 
@@ -85,6 +89,28 @@ def fit_ess_scale(
         return found
 
     return _lowest(averaged) if loss is None else _widest(averaged, loss)
+
+
+def first_sight_loss(directory: str | PathLike[str]) -> float:
+    """Return what a Trainer's run had for training loss on examples that it had not been trained on yet.
+
+    Args:
+        directory: Holds `trainer_state.json`, as an output directory and its checkpoints do.
+
+    Returns:
+        The average of the losses that were logged in the second half of the first epoch, nats.
+
+    Raises:
+        ValueError: If the file is missing, or no loss was logged then.
+    """
+    problems: list[str] = []
+    state = read_json(Path(directory) / "trainer_state.json", problems) or {}
+    entries = state.get("log_history") or []
+    losses = [float(entry["loss"]) for entry in entries if "loss" in entry and 0.5 < entry.get("epoch", 0.0) <= 1.0]
+    if not losses:
+        problem = problems[0] if problems else "trainer_state.json has no loss of the second half of the first epoch"
+        raise ValueError(f"{problem}. Give the loss itself, or train with fewer --logging_steps.")
+    return sum(losses) / len(losses)
 
 
 def _lowest(loss: Callable[[float], float]) -> float:

@@ -196,7 +196,7 @@ class SquaredGradients:
     def _gradients(self, inputs: dict[str, Tensor], along: Tensor) -> list[dict[str, Tensor]]:
         """Return the gradients of one example along each direction."""
         params = {name: p.detach() for name, p in zip(self._names, self._params.values(), strict=True)}
-        logits, pull = torch.func.vjp(functools.partial(self._logits, inputs), params)
+        logits, pull = torch.func.vjp(functools.partial(self._logits, inputs), params)[:2]
         return [pull(direction.to(logits.dtype))[0] for direction in along]
 
     def _vectorised(self, function: Callable[..., Any], inputs: dict[str, Tensor], *args: Tensor) -> Any:

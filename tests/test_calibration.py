@@ -17,6 +17,7 @@ from hf_ivon import (
     posterior_perplexity,
     posterior_predict,
 )
+from hf_ivon.calibration import first_sight_loss
 from hf_ivon.data import load_batches, load_checkpoint
 from tests import tiny
 from tests.classifiers import classifiers, invoke
@@ -119,6 +120,19 @@ def test_language_models_and_what_cannot_be_fitted():
         fit_ess_scale(tiny.bert(), tiny_posterior(tiny.bert()), [{"input_ids": rows}], num_samples=1)
 
 
+def test_the_loss_of_first_sight_is_that_of_half_an_epoch(tmp_path):
+    """What was logged later is of rows that were trained on, what was logged first is of a model that knew nothing."""
+    with pytest.raises(ValueError, match=r"trainer_state.json is missing. Give the loss itself"):
+        first_sight_loss(tmp_path)
+    logged = [(0.25, 0.7), (0.5, 0.65), (0.75, 0.6), (1.0, 0.5), (1.25, 0.1)]
+    history = [{"epoch": epoch, "loss": loss} for epoch, loss in logged] + [{"epoch": 1.0, "eval_loss": 9.0}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    assert first_sight_loss(tmp_path) == pytest.approx(0.55)
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history[-2:]}))
+    with pytest.raises(ValueError, match=r"trainer_state.json has no loss of the second half of the first"):
+        first_sight_loss(tmp_path)
+
+
 def test_the_command_fits_on_rows_of_their_own(classifiers):
     """The width must be chosen on the rows that are for it, and used for the others; a number beside it is refused."""
     start = ["evaluate", classifiers / "films", "--data", classifiers / "films.jsonl", "--num-samples", 3]
@@ -135,6 +149,12 @@ def test_the_command_fits_on_rows_of_their_own(classifiers):
     limit = ("--ess-scale-loss", 1.0)
     result = invoke(*start, *limit, "--ess-scale-data", classifiers / "books.jsonl")
     assert f"ess_scale {fitted:.4g}, fitted to" in result.stdout
+    history = [{"epoch": 1.0, "loss": 2.0}]
+    (classifiers / "films" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    auto = invoke(*start, "--ess-scale-loss", "auto", "--ess-scale-data", classifiers / "books.jsonl")
+    assert f"ess_scale {fitted:.4g}, fitted to" in auto.stdout
+    wrong = invoke(*start, "--ess-scale-loss", "half", "--ess-scale-data", classifiers / "books.jsonl")
+    assert "`ess_scale_loss` must be a number or auto, got 'half'" in wrong.output
     assert "`ess_scale_loss` must come with `ess_scale_data`" in invoke(*start, *limit).output
     result = invoke(*start, "--ess-scale-data", classifiers / "books.jsonl", "--ess-scale", 0.5)
     assert result.exit_code == 2

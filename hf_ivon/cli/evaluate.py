@@ -25,8 +25,11 @@ def evaluate(
         Path | None, typer.Option(help="Other labelled examples, held out of training too, to fit --ess-scale on.")
     ] = None,
     ess_scale_loss: Annotated[
-        float | None,
-        typer.Option(help="With training examples for that: the loss that weight samples may have on them, nats."),
+        str | None,
+        typer.Option(
+            help="With training examples for that: the loss that weight samples may have on them, nats; auto is half "
+            "of what trainer_state.json has for the second half of the first epoch."
+        ),
     ] = None,
     ood_data: Annotated[Path | None, typer.Option(help="Examples of another domain, to be told apart.")] = None,
     text_columns: Annotated[
@@ -84,7 +87,7 @@ def run(
     sampling: dict[str, Any],
     tolerance: float,
     ess_scale_file: Path | None,
-    ess_scale_loss: float | None,
+    ess_scale_loss: str | None,
     ood_file: Path | None,
     columns: dict[str, Any],
     ood_columns: dict[str, Any],
@@ -97,14 +100,15 @@ def run(
     from hf_ivon.posterior import Posterior
     from hf_ivon.predict import Prediction, posterior_perplexity, posterior_predict
 
+    loss = _loss(ess_scale_loss, model_name)
     model, tokenizer = load_checkpoint(model_name)
     posterior = Posterior.from_pretrained(model_name, model, check_values=True)
     batches = load_batches(file, model, tokenizer, **columns)
-    held_out = None if ess_scale_file is None else load_batches(ess_scale_file, model, tokenizer, **columns)
+    fitted_on = None if ess_scale_file is None else load_batches(ess_scale_file, model, tokenizer, **columns)
     model.to(best_device())
-    if held_out is not None:
-        settings = {"loss": ess_scale_loss, **{name: sampling[name] for name in ("num_samples", "seed")}}
-        sampling = {**sampling, "ess_scale": fit_ess_scale(model, posterior, held_out, **settings)}
+    if fitted_on is not None:
+        settings = {name: sampling[name] for name in ("num_samples", "seed")}
+        sampling = {**sampling, "ess_scale": fit_ess_scale(model, posterior, fitted_on, loss=loss, **settings)}
     if is_language_model(model):
         unused = {"ood_data": ood_file, "plots": plots or None, "tolerance": tolerance or None}
         _only_for_classifiers("a language model", **unused)
@@ -149,6 +153,18 @@ def run(
             entropy_histograms(entropies, directory / "entropy.png")
 
     return results, draw
+
+
+def _loss(text: str | None, directory: str) -> float | None:
+    """Return what `--ess-scale-loss` stands for."""
+    from hf_ivon.calibration import first_sight_loss
+
+    if text is None:
+        return None
+    try:
+        return first_sight_loss(directory) / 2 if text == "auto" else float(text)
+    except ValueError as err:
+        raise ValueError(f"`ess_scale_loss` must be a number or auto, got {text!r}: {err}") from None
 
 
 def _only_for_classifiers(kind: str, **options: Any) -> None:
