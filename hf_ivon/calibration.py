@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ivon.data import is_language_model, metrics_of
+from hf_ivon.draws import weight_samples
 from hf_ivon.json_files import read_json
 from hf_ivon.mean import unwrap
 from hf_ivon.predict import posterior_perplexity, posterior_predict
@@ -28,8 +29,12 @@ logger = logging.getLogger(__name__)
 
 # What counts as another loss, nats: where the mean is the best, narrower is always a little better.
 _LEAST = 1e-4
-_FARTHEST = 2.0**20
+_FAR_ABOVE = 10 * _LEAST
+# Of `ess_scale`: at the one samples are the mean, wider than by the other is not looked for.
+_NARROWEST, _WIDEST = 2.0**40, 2.0**-20
 _BISECTIONS = 3
+# Where the second half of an epoch begins at the earliest, for logs that do not meet its middle.
+_FIRST_HALF = 0.4
 
 
 def fit_ess_scale(
@@ -46,7 +51,8 @@ def fit_ess_scale(
     """Find how wide a posterior should be for predictions.
 
     On held-out examples it is the width whose averaged predictions have the lowest negative log-likelihood: the search
-    goes from an `ess_scale` of 1 in factors of two while it gets lower, then looks a factor of √2 to either side.
+    goes from an `ess_scale` of 1 in factors of two while it gets lower, then looks a factor of √2 to either side. If
+    it ends above the mean's, it starts again from the best of widths far apart.
 
     On training examples that would be the narrowest. There it can be the widest posterior whose samples have, on
     average, no higher loss than `loss`, to a factor of 2^(1/8). Half of what the training loss was on examples that
@@ -69,25 +75,29 @@ def fit_ess_scale(
         The factor on the posterior's precision, for `ess_scale` of predictions or for `Posterior.scaled`.
 
     Raises:
-        ValueError: If `num_samples` is below 1 or `loss` not positive, the model is a regression, the data has no
-            labels, or as for `posterior_predict`.
+        ValueError: If `num_samples` is below 1, `loss` is not positive or met by every width, the model is a
+            regression or predicts NaN at its mean, the data has no labels, or as for `posterior_predict`.
     """
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1, got {num_samples}. 16 is usual.")
     if loss is not None and not 0 < loss < math.inf:
         raise ValueError(f"`loss` must be positive and finite, got {loss!r}. Leave it out for held-out examples.")
-    predict = functools.partial(_nll, model, posterior, data, device=device, progress=progress)
+    predict = functools.partial(_nll, model, data=data, device=device, progress=progress)
 
     @functools.cache
     def averaged(scale: float) -> float:
         if loss is None:
-            found = predict(ess_scale=scale, num_samples=num_samples, seed=seed)
+            found = predict(posterior, num_samples=num_samples, seed=seed, ess_scale=scale)
         else:
-            singles = [predict(ess_scale=scale, num_samples=1, seed=seed + i) for i in range(num_samples)]
-            found = sum(singles) / num_samples
+            found = 0.0
+            for sample in weight_samples(model, posterior, num_samples=num_samples, seed=seed, ess_scale=scale):
+                with sample:
+                    found += predict(None, num_samples=0) / num_samples
         logger.info("ess_scale=%.3g: negative log-likelihood %.4f.", scale, found)
         return found
 
+    if not math.isfinite(averaged(_NARROWEST)):
+        raise ValueError("`model` must give finite predictions, but at its mean some are NaN or inf. Check the model.")
     return _lowest(averaged) if loss is None else _widest(averaged, loss)
 
 
@@ -104,33 +114,57 @@ def first_sight_loss(directory: str | PathLike[str]) -> float:
         ValueError: If the file is missing, or no loss was logged then.
     """
     problems: list[str] = []
-    state = read_json(Path(directory) / "trainer_state.json", problems) or {}
-    entries = state.get("log_history") or []
-    losses = [float(entry["loss"]) for entry in entries if "loss" in entry and 0.5 < entry.get("epoch", 0.0) <= 1.0]
+    state = read_json(Path(directory) / "trainer_state.json", problems)
+    if state is None:
+        raise ValueError(f"{problems[0]} in {str(directory)!r}. Give the loss itself.")
+    losses, before = [], 0.0
+    for entry in state.get("log_history") or []:
+        loss, epoch = entry.get("loss"), entry.get("epoch")
+        if isinstance(loss, (int, float)) and isinstance(epoch, (int, float)):
+            if before >= _FIRST_HALF and epoch <= 1.0 and math.isfinite(loss):
+                losses.append(float(loss))
+            before = epoch
     if not losses:
-        problem = problems[0] if problems else "trainer_state.json has no loss of the second half of the first epoch"
-        raise ValueError(f"{problem}. Give the loss itself, or train with fewer --logging_steps.")
+        raise ValueError(
+            "trainer_state.json has no loss of steps in the second half of the first epoch. Give the loss itself, or "
+            "train with fewer --logging_steps."
+        )
     return sum(losses) / len(losses)
 
 
 def _lowest(loss: Callable[[float], float]) -> float:
-    best = 1.0
-    for factor in (0.5, 2.0):
-        while 1 / _FARTHEST < best < _FARTHEST and loss(best * factor) < loss(best) - _LEAST:
-            best *= factor
-        if best != 1.0:
-            break
+    best = _downhill(loss, 1.0)
+    if loss(best) > loss(_NARROWEST) + _FAR_ABOVE:
+        # Of samples that all are useless some are a little less so: whatever is better than the mean is elsewhere.
+        best = _downhill(loss, min((_NARROWEST / 16.0**i for i in range(11)), key=loss))
     return min((best, best / math.sqrt(2.0), best * math.sqrt(2.0)), key=loss)
 
 
+def _downhill(loss: Callable[[float], float], start: float) -> float:
+    best = start
+    for factor in (0.5, 2.0):
+        while _WIDEST < best <= _NARROWEST and loss(best * factor) < loss(best) - _LEAST:
+            best *= factor
+        if best != start:
+            break
+    return best
+
+
 def _widest(loss: Callable[[float], float], limit: float) -> float:
+    if loss(_NARROWEST) > limit:
+        logger.warning(
+            "The model's loss at its mean, %.4f, is above `loss`, %.4f: no posterior is as good as none.",
+            loss(_NARROWEST),
+            limit,
+        )
+        return _NARROWEST
     scale = 1.0
-    while loss(scale) > limit and scale < _FARTHEST:
-        if loss(scale) - loss(2.0 * scale) < _LEAST and math.isfinite(loss(scale)):
-            return scale  # the mean's own loss is higher: this is the mean
+    while loss(scale) > limit:
         scale *= 2.0
-    while scale > 1 / _FARTHEST and loss(scale / 2.0) <= limit:
+    while loss(scale / 2.0) <= limit:
         scale /= 2.0
+        if scale <= _WIDEST:
+            raise ValueError(f"`loss` must be below that of the widest posterior, got {limit!r}. Give a smaller one.")
     factor = 2.0
     for _ in range(_BISECTIONS):
         factor = math.sqrt(factor)
@@ -138,14 +172,17 @@ def _widest(loss: Callable[[float], float], limit: float) -> float:
     return scale
 
 
-def _nll(model: nn.Module, posterior: Posterior | Mixture, data: Batches, **settings: Any) -> float:
+def _nll(model: nn.Module, posterior: Posterior | Mixture | None, data: Batches, **settings: Any) -> float:
+    """Return the negative log-likelihood; inf where predictions are NaN, as those of too wide a posterior can be."""
     if is_language_model(unwrap(model)):
-        found = posterior_perplexity(model, posterior, data, **settings)
-    else:
-        found = metrics_of(posterior_predict(model, posterior, data, **settings))
-    if "nll" not in found:
+        found = posterior_perplexity(model, posterior, data, **settings)["nll"]
+        return found if math.isfinite(found) else math.inf
+    prediction = posterior_predict(model, posterior, data, **settings)
+    if prediction.probabilities is None:
         raise ValueError(
             "`model` must predict classes or tokens, got a regression, whose likelihood depends on the noise of its "
             "labels. Compare several values of `ess_scale` yourself."
         )
-    return found["nll"] if math.isfinite(found["nll"]) else math.inf
+    if prediction.labels is not None and prediction.probabilities.isnan().any():
+        return math.inf
+    return metrics_of(prediction)["nll"]

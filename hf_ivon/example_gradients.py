@@ -106,7 +106,8 @@ class SquaredGradients:
         own = {p: name for name, p in model.named_parameters()}
         self._names = [own[p] for p in params.values()]
         self._can_vectorise = True
-        self._held_per_input: float | None = None  # activations and logits, by what the first example has
+        # Activations and logits for each number of the inputs, by an example that has so many.
+        self._held_per_input, self._watched_inputs = 0.0, 0
         self._recent = self._zeros()
         self._earlier: dict[str, Tensor] | None = None
         self._count = 0
@@ -118,7 +119,7 @@ class SquaredGradients:
             inputs: The model's arguments for one such example.
             directions: How many gradients there are of each.
         """
-        if self._held_per_input is None or not self._can_vectorise:
+        if not self._can_vectorise or self._is_new(inputs):
             return 1
         gradients = directions * sum(p.numel() for p in self._params.values())
         size = min(int(_BUDGET / max(1.0, gradients + self._held_per_input * _numel(inputs))), _MOST)
@@ -134,14 +135,14 @@ class SquaredGradients:
         """
         count = len(next(iter(inputs.values())))
         if count == 1:
-            logits = self._watched(inputs) if self._held_per_input is None else logits_of(self._model, inputs)
+            logits = self._watched(inputs) if self._is_new(inputs) else self._single(inputs)
             self._add_one(logits, cotangents(logits.detach()))
         else:
             # One at a time in any case: decoders that classify refuse batches where they know no token for padding.
             with torch.no_grad():
                 logits = self._vectorised(self._logits, inputs)
                 if logits is None:
-                    logits = torch.cat([logits_of(self._model, _rows(inputs, i, 1)) for i in range(count)])
+                    logits = torch.cat([self._single(_rows(inputs, i, 1)) for i in range(count)])
             along = cotangents(logits)
             size = self.together(_rows(inputs, 0, 1), len(along))
             for start in range(0, count, size):
@@ -154,12 +155,19 @@ class SquaredGradients:
         grads = self._vectorised(self._gradients, inputs, along.transpose(0, 1))
         if grads is None:
             for i in range(along.shape[1]):
-                self._add_one(logits_of(self._model, _rows(inputs, i, 1)), along[:, i : i + 1])
+                self._add_one(self._single(_rows(inputs, i, 1)), along[:, i : i + 1])
             return
         for of_direction in grads:
             for name, total in zip(self._names, self._recent.values(), strict=True):
                 for grad in of_direction[name].float():
                     total.addcmul_(grad, grad)
+
+    def _is_new(self, inputs: dict[str, Tensor]) -> bool:
+        """Tell whether an example is too long to be judged by those before it: what attention holds grows faster."""
+        return _numel(inputs) > 2 * self._watched_inputs
+
+    def _single(self, inputs: dict[str, Tensor]) -> Tensor:
+        return _of_one(logits_of(self._model, inputs))
 
     def _watched(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return logits, and note what is held for each number of the inputs until the backward pass."""
@@ -172,9 +180,10 @@ class SquaredGradients:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = logits_of(self._model, inputs)
+            logits = self._single(inputs)
         # The logits come with their softmax, what is drawn from it, and the direction.
-        self._held_per_input = (held + 4 * logits.numel()) / max(1, _numel(inputs))
+        self._watched_inputs = _numel(inputs)
+        self._held_per_input = (held + 4 * logits.numel()) / max(1, self._watched_inputs)
         return logits
 
     def _add_one(self, logits: Tensor, along: Tensor) -> None:
@@ -191,7 +200,7 @@ class SquaredGradients:
     def _logits(self, inputs: dict[str, Tensor], weights: dict[str, Tensor] | None = None) -> Tensor:
         """Return the logits of one example, as a function of weights by the model's own names."""
         one = {name: tensor[None] for name, tensor in inputs.items()}
-        return logits_in(torch.func.functional_call(self._model, weights or {}, kwargs=one))[0]
+        return _of_one(logits_in(torch.func.functional_call(self._model, weights or {}, kwargs=one)))[0]
 
     def _gradients(self, inputs: dict[str, Tensor], along: Tensor) -> list[dict[str, Tensor]]:
         """Return the gradients of one example along each direction."""
@@ -207,18 +216,19 @@ class SquaredGradients:
         varies = {k: 0 if k != "attention_mask" or v.dim() != 2 else None for k, v in inputs.items()}
         inputs = {k: v if varies[k] == 0 else v[0] for k, v in inputs.items()}
         try:
-            with warnings.catch_warnings():
+            # Without a graph: parameters that train and are none of these would let it grow with the data.
+            with torch.no_grad(), warnings.catch_warnings():
                 # Some operations are looped over in C++, which is no news to whoever called this.
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 return torch.func.vmap(function, in_dims=(varies, *(0 for _ in args)))(inputs, *args)
-        except RuntimeError as err:
-            if not any(word in str(err) for word in ("vmap", "functorch", "torch.func")):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as err:  # noqa: BLE001 - an error of the model's own comes again, from a single example
             self._can_vectorise = False
             logger.warning(
                 "The gradients of %s are taken one example at a time, as it cannot be vectorised: %s",
                 type(self._model).__name__,
-                str(err).splitlines()[0],
+                (str(err) or repr(err)).splitlines()[0],
             )
             return None
 
@@ -234,6 +244,11 @@ class SquaredGradients:
 
 def _rows(inputs: dict[str, Tensor], start: int, count: int) -> dict[str, Tensor]:
     return {name: tensor[start : start + count] for name, tensor in inputs.items()}
+
+
+def _of_one(logits: Tensor) -> Tensor:
+    """Return the logits of one example with an axis for the batch, which some models squeeze away."""
+    return logits if logits.dim() and len(logits) == 1 else logits.reshape(1, -1)
 
 
 def _numel(inputs: dict[str, Tensor]) -> int:

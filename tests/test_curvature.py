@@ -344,6 +344,60 @@ def test_a_model_that_cannot_be_vectorised_is_taken_one_by_one(caplog):
     torch.testing.assert_close(posterior.hess("layer.weight"), expected.detach(), rtol=1e-4, atol=1e-6)
 
 
+class Recurrent(nn.Module):
+    """An LSTM, for which `torch.func` has no rule; it fails with words of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.recurrent = nn.Embedding(tiny.VOCABULARY, 4), nn.LSTM(4, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, input_ids):
+        return self.head(self.recurrent(self.embedding(input_ids))[0][:, -1])
+
+
+@pytest.mark.parametrize("make", [Recurrent, tiny.bert])
+def test_whatever_cannot_be_vectorised_is_taken_one_by_one(make, monkeypatch):
+    """Recurrent layers, layers compiled in place and others: they worked one by one, and must go on to."""
+    rows = torch.stack([r["input_ids"] for r in tiny.sentences(6)])
+    model = make()
+    if make is tiny.bert:
+        model.bert.encoder.layer[0].compile(backend="eager")
+    found = estimate_posterior(model, [{"input_ids": rows}], estimator="ggn", weight_decay=DELTA)
+    monkeypatch.setattr(example_gradients, "_BUDGET", 1)
+    expected = estimate_posterior(model, [{"input_ids": rows}], estimator="ggn", weight_decay=DELTA)
+    for name in expected.names():
+        torch.testing.assert_close(found.hess(name), expected.hess(name), rtol=1e-3, atol=1e-6)
+
+
+def test_other_trainable_parameters_keep_no_graph():
+    """Beside an adapter a norm may be trained: the variances would carry a graph of all examples."""
+    model = lora()
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad or "LayerNorm" in name)
+    rows = torch.stack([r["input_ids"] for r in tiny.sentences(6)])
+    posterior = estimate_posterior(model, [{"input_ids": rows}])
+    assert not any(posterior.variance[name].requires_grad for name in posterior.names())
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_outputs_may_be_squeezed(outputs):
+    """A model of one's own may drop the batch's axis where it has one example; it was taken for several numbers."""
+
+    class Squeezed(Linear):
+        def forward(self, x):
+            return self.layer(x).squeeze()
+
+    data, _ = batches()
+    model = Squeezed(outputs)
+    expected = Linear(outputs)
+    expected.load_state_dict(model.state_dict())
+    found = estimate_posterior(model, data, estimator="ggn", weight_decay=DELTA)
+    expected = estimate_posterior(expected, data, estimator="ggn", weight_decay=DELTA)
+    assert found.config.num_examples == 12
+    torch.testing.assert_close(found.hess("layer.weight"), expected.hess("layer.weight"))
+
+
 def test_a_decoder_without_a_token_for_padding_classifies():
     """Transformers' decoders refuse batches where the configuration names no padding; examples here need none."""
     model = GPT2ForSequenceClassification(tiny.gpt2().config)

@@ -105,21 +105,22 @@ def run(
     posterior = Posterior.from_pretrained(model_name, model, check_values=True)
     batches = load_batches(file, model, tokenizer, **columns)
     fitted_on = None if ess_scale_file is None else load_batches(ess_scale_file, model, tokenizer, **columns)
+    if is_language_model(model):
+        unused = {"ood_data": ood_file, "plots": plots or None, "tolerance": tolerance or None}
+        _only_for_classifiers("a language model", **unused)
+    outside = None
+    if ood_file is not None:
+        outside = load_batches(ood_file, model, tokenizer, **ood_columns, with_labels=False)
     model.to(best_device())
     if fitted_on is not None:
         settings = {name: sampling[name] for name in ("num_samples", "seed")}
         sampling = {**sampling, "ess_scale": fit_ess_scale(model, posterior, fitted_on, loss=loss, **settings)}
     if is_language_model(model):
-        unused = {"ood_data": ood_file, "plots": plots or None, "tolerance": tolerance or None}
-        _only_for_classifiers("a language model", **unused)
-        settings = {"mean": {"num_samples": 0}, "averaged": sampling}
-        found = {k: posterior_perplexity(model, posterior, batches, **v) for k, v in settings.items()}
+        passes = {"mean": {"num_samples": 0}, "averaged": sampling}
+        found = {k: posterior_perplexity(model, posterior, batches, **v) for k, v in passes.items()}
         metrics = {k: {"perplexity": v["perplexity"]} for k, v in found.items()}
         settings_used = {name: sampling[name] for name in ("num_samples", "ess_scale")}
         return {"data": file.name, **metrics, **settings_used}, lambda directory: None
-    outside = None
-    if ood_file is not None:
-        outside = load_batches(ood_file, model, tokenizer, **ood_columns, with_labels=False)
     results: dict[str, Any] = {"data": file.name, "ess_scale": sampling["ess_scale"]}
     entropies, reliability, by_samples = {}, {}, {}
 
@@ -159,12 +160,12 @@ def _loss(text: str | None, directory: str) -> float | None:
     """Return what `--ess-scale-loss` stands for."""
     from hf_ivon.calibration import first_sight_loss
 
-    if text is None:
-        return None
+    if text is None or text == "auto":
+        return None if text is None else first_sight_loss(directory) / 2
     try:
-        return first_sight_loss(directory) / 2 if text == "auto" else float(text)
-    except ValueError as err:
-        raise ValueError(f"`ess_scale_loss` must be a number or auto, got {text!r}: {err}") from None
+        return float(text)
+    except ValueError:
+        raise ValueError(f"`ess_scale_loss` must be a number or auto, got {text!r}. 0.3 is a number.") from None
 
 
 def _only_for_classifiers(kind: str, **options: Any) -> None:
