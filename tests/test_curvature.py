@@ -327,6 +327,18 @@ def test_activations_count_in_what_is_held_at_once(monkeypatch):
     assert set(together) == {5}
 
 
+def test_a_long_example_is_not_judged_by_a_short_one():
+    """What attention holds grows with the square of the length, and data is often sorted: shortest first."""
+    model = lora()
+    totals = SquaredGradients(model, {n: p for n, p in model.named_parameters() if p.requires_grad})
+    rows = torch.stack([r["input_ids"] for r in tiny.sentences(2)])
+    for length, alone in ((2, True), (2, False), (4, False), (5, True), (5, False), (8, False)):
+        one = {"input_ids": rows[:1, :length]}
+        assert (totals.together(one) == 1) is alone, length
+        if alone:
+            totals.add(one, lambda logits: torch.ones_like(logits)[None])
+
+
 def test_a_model_that_cannot_be_vectorised_is_taken_one_by_one(caplog):
     """Mixtures of experts, custom kernels: control flow that depends on the data ended in an error of `torch.func`."""
 
