@@ -153,7 +153,7 @@ def _downhill(loss: Callable[[float], float], start: float) -> float:
 def _widest(loss: Callable[[float], float], limit: float) -> float:
     if loss(_NARROWEST) > limit:
         logger.warning(
-            "The model's loss at its mean, %.4f, is above `loss`, %.4f: no posterior is as good as none.",
+            "The model's loss at its mean, %.4f, is above `loss`, %.4f: predictions at the mean are what is left.",
             loss(_NARROWEST),
             limit,
         )

@@ -1,4 +1,4 @@
-"""The width of a posterior, fitted on held-out examples: against a grid, and where there is nothing to fit."""
+"""The width of a posterior, fitted on held-out or training examples: against a grid, and where nothing can be."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from hf_ivon.data import load_batches, load_checkpoint
 from hf_ivon.draws import weight_samples
 from tests import tiny
 from tests.classifiers import classifiers, invoke
-from tests.test_predict import posterior_of as tiny_posterior
+from tests.test_predict import posterior_of
 
 __all__ = ["classifiers"]
 
@@ -129,8 +129,8 @@ def test_a_posterior_that_is_far_too_wide_is_narrowed():
     at_mean = metrics.negative_log_likelihood(torch.softmax(model(data[0]["x"]), 1).detach(), data[0]["labels"])
     for scale in (1.0, 1e-3, 100.0):
         found = fit_ess_scale(model, posterior.scaled(scale), data, num_samples=4)
-        nll = posterior_predict(model, posterior.scaled(scale), data, num_samples=4, ess_scale=found)
-        assert metrics.negative_log_likelihood(nll.probabilities, nll.labels) < at_mean + 0.01
+        averaged = posterior_predict(model, posterior.scaled(scale), data, num_samples=4, ess_scale=found)
+        assert metrics.negative_log_likelihood(averaged.probabilities, averaged.labels) < at_mean + 0.01
         widest = fit_ess_scale(model, posterior.scaled(scale), data, loss=0.3, num_samples=4)
         assert loss_of_samples(model, posterior.scaled(scale * widest), data, num_samples=4, seed=0) < 0.301
     with pytest.raises(ValueError, match="`loss` must be below that of the widest posterior, got 1000000.0"):
@@ -140,9 +140,9 @@ def test_a_posterior_that_is_far_too_wide_is_narrowed():
 def test_widths_that_break_the_model_are_no_error_and_a_broken_model_is():
     """A wide posterior overflows to NaN: that width is bad, and not the model, as the message said."""
     model, posterior, data = far_too_wide()
-    wide = posterior.scaled(1e-30)
-    assert posterior_predict(model, None, data, num_samples=0).probabilities.isfinite().all()
-    assert fit_ess_scale(model, Posterior({"weights": torch.full((6, 3), 1e20)}, wide.config), data, num_samples=2) > 1
+    wide = Posterior({"weights": torch.full((6, 3), 1e20)}, posterior.config)
+    assert posterior_predict(model, wide, data, num_samples=1).probabilities.isnan().any()
+    assert fit_ess_scale(model, wide, data, num_samples=2) > 1
     with torch.no_grad():
         model.weights.fill_(float("nan"))
     with pytest.raises(ValueError, match="`model` must give finite predictions, but at its mean some are NaN or inf"):
@@ -165,7 +165,7 @@ def test_language_models_and_what_cannot_be_fitted():
     """Tokens have a likelihood; of numbers it hangs on their noise, which the model does not know."""
     model = tiny.gpt2()
     rows = torch.stack([r["input_ids"] for r in tiny.text(4)])
-    data, posterior = [{"input_ids": rows, "labels": rows}], tiny_posterior(model)
+    data, posterior = [{"input_ids": rows, "labels": rows}], posterior_of(model)
     scale = fit_ess_scale(model, posterior, data, num_samples=2)
     nll = [posterior_perplexity(model, posterior, data, num_samples=2, ess_scale=s)["nll"] for s in (scale, 1.0)]
     assert nll[0] <= nll[1]
@@ -174,14 +174,14 @@ def test_language_models_and_what_cannot_be_fitted():
     assert posterior_perplexity(model, posterior, data, num_samples=1, ess_scale=wide)["nll"] <= limit
     number = tiny.bert(num_labels=1)
     with pytest.raises(ValueError, match="must predict classes or tokens, got a regression"):
-        fit_ess_scale(number, tiny_posterior(number), [{"input_ids": rows, "labels": torch.ones(4)}], num_samples=1)
+        fit_ess_scale(number, posterior_of(number), [{"input_ids": rows, "labels": torch.ones(4)}], num_samples=1)
     with pytest.raises(ValueError, match="`num_samples` must be at least 1, got 0"):
         fit_ess_scale(model, posterior, data, num_samples=0)
     for limit in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="`loss` must be positive and finite"):
             fit_ess_scale(model, posterior, data, loss=limit)
     with pytest.raises(ValueError, match="column `label`"):
-        fit_ess_scale(tiny.bert(), tiny_posterior(tiny.bert()), [{"input_ids": rows}], num_samples=1)
+        fit_ess_scale(tiny.bert(), posterior_of(tiny.bert()), [{"input_ids": rows}], num_samples=1)
 
 
 def test_the_loss_of_first_sight_is_that_of_half_an_epoch(tmp_path):

@@ -1,6 +1,7 @@
 """Merging checkpoints: the rules, the files, and what is said about input that cannot be merged."""
 
 import json
+import math
 import re
 import shutil
 import time
@@ -463,6 +464,36 @@ def test_dtype_report_and_dry_run(models):
     assert sum(shares) == pytest.approx(1.0)
     assert shares[1] > shares[0] > shares[2]  # 300, 100 and 50 examples
     assert report["notes"] == []
+
+
+def test_the_report_measures_distance_and_dispersion(models):
+    """How far a rule is from averaging, and a Hessian from its start, decide whether posteriors were worth having."""
+    directory, names, hessians = models
+    report = merge(names, directory / "out", method="fisher")
+    name = "bert.embeddings.word_embeddings.weight"
+    made, parts = tensors(directory / "out")[name], [tensors(directory / n)[name] for n in "abc"]
+    average = sum(parts) / 3
+    spread = sum((part - average).square().sum() for part in parts)
+    found = report["tensors"][name]
+    expected = ((made - average).square().sum() / spread).sqrt().item()
+    assert found["distance_from_average"] == pytest.approx(expected, rel=1e-4)
+    for i, hess in enumerate(hessians):
+        logs = hess[name].reshape(-1)[::64].log()  # of which the report looks at one in 64
+        assert found["trust_from_start"][i] == pytest.approx(
+            (logs - math.log(0.5)).square().mean().sqrt().item(), rel=1e-3
+        )
+        assert found["trust_spread"][i] == pytest.approx(logs.std(correction=0).item(), rel=1e-3)
+    plain = merge(names, directory / "plain", method="average")
+    assert {t["distance_from_average"] for t in plain["tensors"].values()} == {0.0}
+
+
+def test_a_merge_shows_how_far_it_is(models, capfd):
+    """Large merges take minutes: who sees nothing takes them for stuck. The bar must get to the end."""
+    directory, names, _ = models
+    merge(names, directory / "out", method="average")
+    shown = capfd.readouterr().err
+    assert "Merging" in shown
+    assert "100%" in shown
 
 
 def test_flat_posteriors_are_called_flat(models):
