@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from hf_ivon import distributed, replicas, windows
-from hf_ivon.functional import cache_sized
 from hf_ivon.sampling import WeightSampler
 from hf_ivon.state import parameter_names
 from hf_ivon.windows import Context, Gradients
@@ -63,7 +62,7 @@ class GradientCapture:
 
     def clear(self) -> None:
         """Forget the window; its buffers go back to the sampler."""
-        self._sampler.give_back(self._buffers)
+        self._sampler.end_window(self._buffers)
         self._buffers.clear()
         self.contexts = 0
         self.entered = 0
@@ -348,10 +347,7 @@ class GradientCapture:
         factor = context.inverse_scale * context.weight
         with torch.no_grad():
             weights, gradient = distributed.local(p), distributed.local(grad)
-            for total, theta, m, g in cache_sized(self._buffers[p], weights, mean, gradient):
-                # The perturbation that was really applied: what rounding made of mean + noise, minus the mean.
-                noise = theta.to(m.dtype) - m
-                total.add_(noise.mul_(g).mul_(factor))
+            self._sampler.execution.add_product(self._buffers[p], weights, mean, gradient, factor)
 
     def _settle(self, context: Context) -> None:
         """Decide between averaging and summing from what this context found in `p.grad`."""
@@ -388,9 +384,8 @@ class GradientCapture:
             keep = self.averaged and p in self._started
             if p not in self._buffers:
                 self._buffers[p] = self._sampler.borrow(p)
-            for total, grad in cache_sized(self._buffers[p], distributed.local(p.grad)):
-                squared = grad.to(total.dtype).mul(context.inverse_scale).square_()
-                _ = total.add_(squared) if keep else total.copy_(squared)
+            grad = distributed.local(p.grad)
+            self._sampler.execution.square(self._buffers[p], grad, context.inverse_scale, bool(keep))
             self._started.add(p)
 
 

@@ -1,19 +1,20 @@
-"""How the passes of `hf_ivon.passes` are run: in pieces that stay in the cache, or compiled into one loop each."""
+"""How the passes of `hf_ivon.passes` are run: in pieces that stay in the cache, or fused into one loop each."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_ivon import passes
+from hf_ivon.compiled import Compiled, apart, lanes
 from hf_ivon.functional import cache_sized, sample
-from hf_ivon.packs import MAX_ELEMENTS, Pack
+from hf_ivon.native import Native
+from hf_ivon.packs import Pack
 from hf_ivon.passes import UpdateOptions
 from hf_ivon.philox import noise_words, normal_range
 
@@ -22,13 +23,8 @@ logger = logging.getLogger(__name__)
 # Columns of noise that are made at a time: their integers stay in a processor's cache, while calling an operation
 # costs little beside what it does, and has work for two threads. On an accelerator they are small beside a tensor.
 _COLUMNS, _ACCELERATOR_COLUMNS = 2**16, 2**22
-# Below this size a compiled pass costs more to call than it saves.
-MIN_COMPILED = MAX_ELEMENTS
 # A model with fewer trainable weights is trained before the compiler is done.
 _MIN_MODEL = 2**22
-
-# The four lanes of a parameter, of its mean and of its Hessian.
-Lanes = tuple[list[Tensor], ...]
 
 
 class Execution:
@@ -48,31 +44,35 @@ class Execution:
         if self._fused is None:
             self._fused = num_weights >= _MIN_MODEL
 
-    def _compiled(self, *tensors: Tensor) -> Compiled | None:
+    def _fused_passes(self, *tensors: Tensor) -> Native | Compiled | None:
         first = tensors[0]
-        if not self._fused or first.numel() < MIN_COMPILED:
+        if not self._fused or not all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
             return None
-        if not all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
-            return None
-        return compiled(first.device.type)
+        run = fused_passes(first.device.type)
+        return None if run is None or first.numel() < run.smallest else run
 
-    def lanes_apart(self, theta: Tensor, mean: Tensor, hess: Tensor) -> Lanes | None:
-        """Return what `sample_compiled` works on; None if the tensors are not for a compiled pass.
+    def native(self, pack: Pack) -> Native | None:
+        """Return what works on the parameters of a pack where they are; None if they are to be copied together."""
+        run = self._fused_passes(pack.flat("hess"))
+        return run if isinstance(run, Native) else None
+
+    def prepare(self, theta: Tensor, mean: Tensor, hess: Tensor) -> Any:
+        """Return what `sample_whole` works on; None if the tensors are not for a fused pass.
 
         Args:
             theta: A whole parameter.
             mean: A buffer, shape of `theta`.
             hess: Hessian estimate, shape of `theta`.
         """
-        tensors = (theta, mean, hess)
-        return None if theta.numel() % 4 or self._compiled(*tensors) is None else tuple(_apart(t) for t in tensors)
+        run = self._fused_passes(theta, mean, hess)
+        return None if run is None else run.prepare(theta, mean, hess)
 
-    def sample_compiled(self, theta: Tensor, lanes: Lanes, words: Tensor, *, ess: float, weight_decay: float) -> bool:
-        """Copy a whole tensor into its buffer and put a weight sample into it, by a compiled pass.
+    def sample_whole(self, theta: Tensor, prepared: Any, words: Tensor, *, ess: float, weight_decay: float) -> bool:
+        """Copy a whole tensor into its buffer and put a weight sample into it, by a fused pass.
 
         Args:
             theta: Holds the mean. Written to.
-            lanes: Output of `lanes_apart`.
+            prepared: Output of `prepare`.
             words: Output of `noise_words`.
             ess: λ, number of examples.
             weight_decay: δ, loss/param².
@@ -80,8 +80,8 @@ class Execution:
         Returns:
             Whether it was done; if not, nothing is changed.
         """
-        run = compiled(theta.device.type)
-        return run is not None and run.sample(theta, lanes, words, ess, weight_decay)
+        run = fused_passes(theta.device.type)
+        return run is not None and run.sample(theta, prepared, words, ess, weight_decay)
 
     def sample(
         self,
@@ -110,12 +110,12 @@ class Execution:
         total = theta.numel() if total is None else total
         words = words.to(theta.device, non_blocking=True)
         if theta.dtype == mean.dtype and theta.numel() == total and theta.is_contiguous() and hess.is_contiguous():
-            lanes = [_lanes(t) for t in (theta, mean, hess)]
+            of_each = [lanes(t) for t in (theta, mean, hess)]
             width = -(-total // 4)
             step = _COLUMNS if theta.device.type == "cpu" else _ACCELERATOR_COLUMNS
             for begin in range(0, width, step):
                 columns = torch.arange(begin, min(begin + step, width), device=theta.device)
-                parts = [[lane[begin : begin + step] for lane in tensor] for tensor in lanes]
+                parts = [[lane[begin : begin + step] for lane in tensor] for tensor in of_each]
                 thetas, means, hesses = parts
                 passes.sample_lanes(thetas, means, hesses, columns, words, ess, weight_decay)
             return
@@ -135,24 +135,41 @@ class Execution:
         """
         theta, mean, hess = (pack.flat(name) for name in ("theta", "mean", "hess"))
         words = words.to(theta.device, non_blocking=True)
-        run = self._compiled(theta, mean, hess)
-        if run is None or not run.call("draw_lanes", pack.lanes, pack.columns, pack.indices, words):
-            for columns, indices, *lanes in cache_sized(
-                pack.columns, pack.indices, *pack.lanes, max_elements=_COLUMNS
+        noise, run = pack.noise, self._fused_passes(theta, mean, hess)
+        if not isinstance(run, Compiled) or not run.draw_lanes(noise.lanes, noise.columns, noise.indices, words):
+            for columns, indices, *drawn in cache_sized(
+                noise.columns, noise.indices, *noise.lanes, max_elements=_COLUMNS
             ):
-                passes.draw_lanes(lanes, columns, indices, words)
-        torch.index_select(pack.noise, 0, pack.order, out=theta)
+                passes.draw_lanes(drawn, columns, indices, words)
+        torch.index_select(noise.flat, 0, noise.order, out=theta)
         for t, m, h in cache_sized(theta, mean, hess):
             t.copy_(sample(m, h, t, ess=ess, weight_decay=weight_decay))
 
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> None:
         """Run `passes.take_product` on tensors of any size."""
-        run = self._compiled(theta, mean, grad)
-        if run is not None and run.call("take_product", *map(_flat, (theta, mean, grad)), factor, squared):
-            torch.autograd.graph.increment_version((theta, mean))
+        run = self._fused_passes(theta, mean, grad)
+        if run is not None and run.take_product(theta, mean, grad, factor, squared):
             return
         for t, m, g in cache_sized(theta, mean, grad):
             passes.take_product(t, m, g, factor, squared)
+
+    def add_product(self, total: Tensor, theta: Tensor, mean: Tensor, grad: Tensor, factor: float | Tensor) -> None:
+        """Run `passes.add_product` on tensors of any size; the factor may be a 0-dim tensor."""
+        if isinstance(factor, float):
+            run = self._fused_passes(total, theta, mean, grad)
+            if run is not None and run.add_product(total, theta, mean, grad, factor):
+                return
+        for s, t, m, g in cache_sized(total, theta, mean, grad):
+            passes.add_product(s, t, m, g, factor)
+
+    def square(self, total: Tensor, grad: Tensor, factor: float | Tensor, keep: bool) -> None:
+        """Run `passes.square` on tensors of any size; the factor may be a 0-dim tensor."""
+        if isinstance(factor, float):
+            run = self._fused_passes(total, grad)
+            if run is not None and run.square(total, grad, factor, keep):
+                return
+        for s, g in cache_sized(total, grad):
+            passes.square(s, g, factor, keep)
 
     def update(
         self,
@@ -166,129 +183,84 @@ class Execution:
     ) -> None:
         """Run `passes.update` on tensors of any size."""
         tensors = [t for t in (mean, grad, curvature, momentum, hess, prior_mean) if t is not None]
-        run = self._compiled(*(t for t in tensors if t is not momentum or t.dtype != torch.bfloat16))
-        if run is not None and run.call("update", *map(_flat, tensors[:5]), _flat(prior_mean), *options):
-            torch.autograd.graph.increment_version((mean, momentum, hess))
+        run = self._fused_passes(*(t for t in tensors if t is not momentum or t.dtype != torch.bfloat16))
+        if run is not None and run.update(tensors[:5], prior_mean, options):
             return
         for m, g, c, average, h, *prior in cache_sized(*tensors):
             passes.update(m, g, c, average, h, prior[0] if prior else None, *options)
 
 
-def _flat(tensor: Tensor | None) -> Tensor | None:
-    """Return a contiguous tensor with one axis, and no relation to another: the passes are compiled for each rank."""
-    return None if tensor is None else tensor.view(-1).data
-
-
-def _lanes(tensor: Tensor) -> list[Tensor]:
-    """Return the four lanes of a contiguous tensor, as views; the last ones are shorter if it does not divide."""
-    flat = tensor.view(-1)
-    width = -(-flat.numel() // 4)
-    return [flat[lane * width : (lane + 1) * width] for lane in range(4)]
-
-
-def _apart(tensor: Tensor) -> list[Tensor]:
-    """Return the four lanes as tensors of their own on the same memory: the compiler must not see one tensor."""
-    return [torch.from_dlpack(lane) for lane in _lanes(tensor)]
-
-
-def _sample_whole(
-    thetas: list[Tensor], means: list[Tensor], hesses: list[Tensor], words: Tensor, ess: float, weight_decay: float
-) -> None:
-    columns = torch.arange(hesses[0].shape[0], device=hesses[0].device)
-    passes.sample_lanes(thetas, means, hesses, columns, words, ess, weight_decay)
-
-
-def compile_pass(function: Callable[..., None]) -> Callable[..., None]:
-    """Return a pass that is compiled for tensors of any size when it is first called.
-
-    The loop runs in as many threads as torch has when it runs. Else the compiler settles that by the tensors and the
-    threads of the first call, and small ones would make all later loops run in one thread.
-    """
-    compile_: Any = torch.compile
-    return compile_(function, dynamic=True, fullgraph=True, options={"cpp.dynamic_threads": True})
-
-
-class Compiled:
-    """The passes, compiled for one kind of device."""
-
-    def __init__(self) -> None:
-        functions: dict[str, Callable[..., None]] = {
-            "sample": _sample_whole,
-            "draw_lanes": passes.draw_lanes,
-            "take_product": passes.take_product,
-            "update": passes.update,
-        }
-        self._functions = {name: compile_pass(f) for name, f in functions.items()}
-        self._failed = False
-
-    def sample(self, theta: Tensor, lanes: Lanes, words: Tensor, ess: float, weight_decay: float) -> bool:
-        """Run the first pass on a whole tensor, whose size is a multiple of four; see `Execution.sample_compiled`."""
-        done = self.call("sample", *lanes, words.to(theta.device, non_blocking=True), ess, weight_decay)
-        if done:
-            torch.autograd.graph.increment_version(theta)
-        return done
-
-    def call(self, name: str, *args: Any) -> bool:
-        """Run a pass; returns whether it ran: after a failure to compile, none does any more."""
-        if self._failed:
-            return False
-        args = tuple(float(a) if type(a) is int else a for a in args)  # whose value would be compiled in
-        try:
-            self._functions[name](*args)
-        except Exception as error:  # of any kind: compilers are not part of torch
-            self._failed = True
-            _warn(error)
-            return False
-        return True
-
-
-def _warn(error: Exception) -> None:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    logger.warning(
-        "IVON's passes over the weights could not be compiled (%s). They run eagerly instead: the same numbers, more "
-        "slowly. Install a C++ compiler such as g++, or pass `fused=False` to be silent.",
-        reason,
-    )
-
-
 _lock = threading.Lock()
 
 
-def compiled(device_type: str) -> Compiled | None:
-    """Return the compiled passes, after they have been seen to do what the eager ones do; None if they do not."""
+def fused_passes(device_type: str) -> Native | Compiled | None:
+    """Return the fused passes, after they have been seen to do what the eager ones do; None if they do not.
+
+    On a CPU they are those in C++, and if these cannot be built, those of `torch.compile`, as everywhere else.
+    """
     with _lock:
-        return _compile_and_check(device_type)
+        run = _make_and_check(device_type)
+    return None if isinstance(run, Compiled) and run.failure is not None else run
 
 
 @functools.cache
 @torch.no_grad()
-def _compile_and_check(device_type: str) -> Compiled | None:
-    """Compile the passes, and compare them with the eager ones on a few numbers."""
-    run, eager = Compiled(), Execution(foreach=False, fused=False)
+def _make_and_check(device_type: str) -> Native | Compiled | None:
+    if device_type == "cpu":
+        try:
+            return _checked(Native(), device_type)
+        except (OSError, ArithmeticError) as error:
+            logger.info("The passes in C++ cannot be used (%s). `torch.compile` makes others.", error)
+    try:
+        return _checked(Compiled(), device_type)
+    except Exception as error:  # of any kind: compilers are not part of torch
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        logger.warning(
+            "IVON's passes over the weights could not be compiled (%s). They run eagerly instead: the same numbers, "
+            "more slowly. Install a C++ compiler such as g++, or pass `fused=False` to be silent.",
+            reason,
+        )
+        return None
+
+
+def _checked(run: Native | Compiled, device_type: str) -> Native | Compiled:
+    """Return the passes after a comparison with the eager ones on a few numbers.
+
+    Raises:
+        ArithmeticError: If they differ.
+    """
+    eager = Execution(foreach=False, fused=False)
     for size in (4 * 24, 4 * 1000):
         words = noise_words((size,), 1)
         start = torch.linspace(0.1, 1.0, size, device=device_type)
         expected = [start * (i + 1) for i in range(6)]
         tensors = [t.clone() for t in expected]
         options = UpdateOptions(100.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True, False)
-        columns = torch.arange(size // 4, device=device_type)
-        indices = columns // 8
-        theta, mean, hess, momentum, grad, drawn = expected
+        theta, mean, hess, momentum, grad, total = expected
         mean.copy_(theta)
         eager.sample(theta, mean, hess, words, ess=100.0, weight_decay=1e-3)
+        passes.add_product(total, theta, mean, grad, 2.0)
+        passes.square(total, grad, 2.0, True)
         eager.take_product(theta, mean, grad, 1.0, False)
         eager.update(theta, grad, mean, momentum, hess, None, options)
-        passes.draw_lanes(_lanes(drawn), columns, indices, words.to(device_type))
-        theta, mean, hess, momentum, grad, drawn = tensors
-        ran = (
-            run.sample(theta, tuple(_apart(t) for t in (theta, mean, hess)), words, 100.0, 1e-3)
-            and run.call("take_product", theta, mean, grad, 1.0, False)
-            and run.call("update", theta, grad, mean, momentum, hess, None, *options)
-            and run.call("draw_lanes", _apart(drawn), columns, indices, words.to(device_type))
-        )
-        if not ran:
-            return None
+        theta, mean, hess, momentum, grad, total = tensors
+        prepared: Any = run.prepare(theta, mean, hess)
+        ran = [
+            run.sample(theta, prepared, words, 100.0, 1e-3),
+            run.add_product(total, theta, mean, grad, 2.0),
+            run.square(total, grad, 2.0, True),
+            run.take_product(theta, mean, grad, 1.0, False),
+            run.update([theta, grad, mean, momentum, hess], None, options),
+        ]
+        if isinstance(run, Compiled):
+            columns = torch.arange(size // 4, device=device_type)
+            drawn = torch.empty_like(start)
+            ran.append(run.draw_lanes(apart(drawn), columns, columns // 8, words.to(device_type)))
+            passes.draw_lanes(lanes(start), columns, columns // 8, words.to(device_type))
+            tensors.append(drawn)
+            expected.append(start)
+            if not all(ran) and run.failure is not None:
+                raise run.failure
         if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(tensors, expected, strict=True)):
-            _warn(ValueError("the compiled passes give other numbers than the eager ones"))
-            return None
+            raise ArithmeticError("the compiled passes give other numbers than the eager ones")
     return run

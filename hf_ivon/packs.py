@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from itertools import groupby
+from functools import cached_property
+from itertools import accumulate, groupby
 from operator import is_
 from typing import Any
 
@@ -27,6 +29,11 @@ def pack_key(group: Mapping[str, Any], p: Tensor, state: Mapping[str, Any]) -> t
     return id(group), p.device, "prior_mean" in state
 
 
+def addresses_of(tensors: Sequence[Tensor | None]) -> Any:
+    """Return where tensors are in memory, as an array of ctypes; of None it is 0."""
+    return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
+
+
 class Buffer:
     """A flat tensor and its parts.
 
@@ -39,6 +46,41 @@ class Buffer:
         self.flat = flat
         self.parts = list(flat.split([shape.numel() for shape in shapes]))  # 1-D
         self.views = [part.view(shape) for part, shape in zip(self.parts, shapes, strict=True)]
+
+    @cached_property
+    def addresses(self) -> Any:
+        """Where the parts are in memory."""
+        return addresses_of(self.parts)
+
+
+class PackNoise:
+    """How the noise of many tensors is drawn at once by tensor operations.
+
+    Args:
+        sizes: Number of elements of each tensor, int64.
+        indices: Number of each, which its noise is a function of.
+        device: Where they are.
+
+    Attributes:
+        columns: Column numbers of the noise, each in its tensor, int64.
+        indices: The number of each column's tensor, int64.
+        lanes: Where the four draws of each column go.
+        order: Where each element of the tensors finds its draw in `flat`, int64.
+        flat: The lanes one after another.
+    """
+
+    def __init__(self, sizes: Tensor, indices: Sequence[int], device: torch.device) -> None:
+        widths = (sizes + 3) // 4
+        total = int(widths.sum())
+        starts = widths.cumsum(0) - widths
+        self.columns = (torch.arange(total) - starts.repeat_interleave(widths)).to(device)
+        self.indices = torch.tensor(list(indices)).repeat_interleave(widths).to(device)
+        element = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        width = widths.repeat_interleave(sizes)
+        order = element // width * total + starts.repeat_interleave(sizes) + element % width
+        self.order = order.to(device)
+        self.flat = torch.empty(4 * total, device=device)
+        self.lanes = [torch.from_dlpack(lane) for lane in self.flat.split(total)]
 
 
 class Pack:
@@ -64,28 +106,28 @@ class Pack:
         self.has_prior = "prior_mean" in states[0]
         self._device = params[0].device
         self._one_dimensional = all(p.dim() == 1 for p in params)
-        self._weights = [p.detach().view(-1) for p in params]
+        self._indices = indices
+        self.weights = [p.detach().view(-1) for p in params]
         self._pointers = [p.data_ptr() for p in params]
-        sizes = torch.tensor([p.numel() for p in params])
-        self.starts = [0, *sizes.cumsum(0).tolist()]
-        widths = (sizes + 3) // 4
-        total = int(widths.sum())
-        starts = widths.cumsum(0) - widths
-        self.columns = (torch.arange(total) - starts.repeat_interleave(widths)).to(self._device)
-        self.indices = torch.tensor(list(indices)).repeat_interleave(widths).to(self._device)
-        # Where each element finds its draw in the four lanes of all columns, one lane after another.
-        element = torch.arange(self.starts[-1]) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-        width = widths.repeat_interleave(sizes)
-        order = element // width * total + starts.repeat_interleave(sizes) + element % width
-        self.order = order.to(self._device)
-        self.noise = torch.empty(4 * total, device=self._device)
-        self.lanes = [torch.from_dlpack(lane) for lane in self.noise.split(total)]
-        # Gradients are gathered when the noise is not needed any more.
-        self._buffers = {"grad": self._buffer(torch.from_dlpack(self.noise[: self.starts[-1]]))}
+        counts = [p.numel() for p in params]
+        self.starts = [0, *accumulate(counts)]
+        self.sizes = (ctypes.c_int64 * len(counts))(*counts)
+        self.numbers = (ctypes.c_uint32 * len(counts))(*indices)
+        self._addresses = addresses_of(self.weights)
+        self._buffers: dict[str, Buffer] = {}
+        self._spare: list[Buffer] = []
         self._move_in(states)
 
-    def _buffer(self, flat: Tensor | None = None) -> Buffer:
-        flat = torch.empty(self.starts[-1], device=self._device) if flat is None else flat
+    @cached_property
+    def noise(self) -> PackNoise:
+        """What the noise of all parameters is drawn with, where that is done by tensor operations."""
+        return PackNoise(torch.tensor(list(self.sizes)), self._indices, self._device)
+
+    def _buffer(self, name: str) -> Buffer:
+        if name == "grad":  # gradients are gathered when the noise is not needed any more
+            flat = torch.from_dlpack(self.noise.flat[: self.starts[-1]])
+        else:
+            flat = torch.empty(self.starts[-1], device=self._device)
         return Buffer(flat, [p.shape for p in self.params])
 
     def _move_in(self, states: Sequence[MutableMapping[str, Any]]) -> None:
@@ -114,9 +156,10 @@ class Pack:
         return [p.data_ptr() for p in self.params] != self._pointers
 
     def flat(self, name: str) -> Tensor:
-        """Return the buffer of this name, fp32, the parameters one after another; made at its first use."""
+        """Return the buffer of this name, fp32, the parameters one after another; of a new name it holds anything."""
         if name not in self._buffers:
-            self._buffers[name] = self._buffer()
+            reused = self._spare and name != "grad"
+            self._buffers[name] = self._spare.pop() if reused else self._buffer(name)
         return self._buffers[name].flat
 
     def views(self, name: str) -> list[Tensor]:
@@ -124,25 +167,46 @@ class Pack:
         self.flat(name)
         return self._buffers[name].views
 
-    def swap(self, first: str, second: str) -> None:
-        """Let two buffers change names."""
-        self.flat(first), self.flat(second)
-        self._buffers[first], self._buffers[second] = self._buffers[second], self._buffers[first]
+    def addresses(self, name: str) -> Any:
+        """Return where the buffer's parts are in memory, as an array of ctypes; of "params", the parameters'."""
+        if name == "params":
+            return self._addresses
+        self.flat(name)
+        return self._buffers[name].addresses
+
+    def rename(self, name: str, new: str) -> None:
+        """Let a buffer have another name; the one that had it is free."""
+        self.free(new)
+        self._buffers[new] = self._buffers.pop(name)
+
+    def free(self, name: str) -> None:
+        """Let the next buffer that is asked for have the memory of this one."""
+        if name in self._buffers:
+            self._spare.append(self._buffers.pop(name))
+
+    def plain(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return tensors in the parameters' dtype, contiguous, on their device; copies of those that are not."""
+        device = self._device
+        return [None if t is None else t.to(device, torch.float32).contiguous() for t in tensors]
 
     def read(self, name: str) -> Tensor:
         """Copy the parameters into a buffer; returns the buffer."""
-        return torch.cat(self._weights, out=self.flat(name))
+        return torch.cat(self.weights, out=self.flat(name))
 
     def write(self, name: str) -> None:
         """Copy a buffer into the parameters."""
-        torch._foreach_copy_(self._weights, self._buffers[name].parts)
+        torch._foreach_copy_(self.weights, self._buffers[name].parts)
 
     def write_back(self, name: str) -> None:
         """Copy a buffer into the parameters, also into those that were cast or moved since the pack was made."""
         self.write(name)
+        self.follow()
+
+    def follow(self) -> None:
+        """Copy what was written to the parameters' memory into those that were cast or moved since then."""
         if self._moved():
-            for p, view in zip(self.params, self.views(name), strict=True):
-                p.copy_(view)
+            for p, weights in zip(self.params, self.weights, strict=True):
+                p.copy_(weights.view(p.shape))
 
     def gather(self, name: str, tensors: Sequence[Tensor | None]) -> Tensor:
         """Copy tensors, of the parameters' shapes or None, into a buffer; returns the buffer."""

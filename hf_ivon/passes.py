@@ -1,7 +1,7 @@
 """The three passes over memory of a training step: sample, take what the gradient says of the curvature, update.
 
 Each is written once, on flat tensors of one length, in place. `hf_ivon.execution` runs it piece by piece, over packs
-of small tensors, or compiled.
+of small tensors, or compiled; `passes.cpp` has the same for CPUs.
 """
 
 from __future__ import annotations
@@ -91,6 +91,33 @@ def take_product(theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squar
         product = (theta - mean).mul_(grad).mul_(factor)
     theta.copy_(mean)
     mean.copy_(product)
+
+
+def add_product(total: Tensor, theta: Tensor, mean: Tensor, grad: Tensor, factor: float | Tensor) -> None:
+    """Add gradient times noise to that of earlier contexts.
+
+    Args:
+        total: Sum of products. Written to.
+        theta: The weight sample, shape of `total`, in its dtype or a narrower one.
+        mean: The mean, shape of `total`.
+        grad: Gradient at the sample, shape of `total`.
+        factor: Multiplies the gradient.
+    """
+    noise = theta.to(mean.dtype) - mean
+    total.add_(noise.mul_(grad).mul_(factor))
+
+
+def square(total: Tensor, grad: Tensor, factor: float | Tensor, keep: bool) -> None:
+    """Put squared gradients in the place of earlier ones, or add them.
+
+    Args:
+        total: Sum of squares. Written to.
+        grad: Gradient, shape of `total`.
+        factor: Multiplies the gradient.
+        keep: Add to what is there.
+    """
+    squared = grad.to(total.dtype).mul(factor).square_()
+    _ = total.add_(squared) if keep else total.copy_(squared)
 
 
 def update(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_ivon import distributed, replicas
-from hf_ivon.execution import Execution, Lanes
+from hf_ivon.execution import Execution
 from hf_ivon.options import ess_of
 from hf_ivon.packs import Pack
 from hf_ivon.philox import noise_words
@@ -92,14 +92,15 @@ class WeightSampler:
     def __init__(self, execution: Execution) -> None:
         self.means: dict[Tensor, Tensor] = {}
         self.written: dict[Tensor, tuple[int, int]] = {}
-        self._execution = execution
+        self.execution = execution
         # Packs that hold a weight sample now, to the name of the buffer with their means.
         self._sampled_packs: dict[Pack, str] = {}
+        self._with_products: set[Pack] = set()
         self._alone: list[Tensor] = []
         self._sharded = False
         self._spare: dict[Tensor, list[Tensor]] = {}
         self._borrowed: set[Tensor] = set()
-        self._lanes: dict[Tensor, tuple[tuple[int, ...], Lanes]] = {}
+        self._prepared: dict[Tensor, tuple[tuple[int, ...], Any]] = {}
 
     @torch.no_grad()
     def perturb(self, packs: Mapping[Pack, tuple[int, ...]], draws: Sequence[Draw], train: bool) -> None:
@@ -112,7 +113,7 @@ class WeightSampler:
             draws: All others, in the order of their optimizer.
             train: For training; samples for predictions are as much wider as `eval_ess_scale` says.
         """
-        self._execution.plan(sum(pack.starts[-1] for pack in packs) + sum(draw.p.numel() for draw in draws))
+        self.execution.plan(sum(pack.starts[-1] for pack in packs) + sum(draw.p.numel() for draw in draws))
         self._alone = [draw.p for draw in draws]
         self._sharded = any(map(distributed.is_sharded, self._alone))
         for draw in draws:
@@ -129,9 +130,9 @@ class WeightSampler:
             self.means[p] = mean = distributed.local(draw.state["mean"])
         else:
             mean = self.borrow(p)
-            # A compiled pass counts the noise from the tensor's beginning, which a shard does not have.
-            lanes = self._lanes_apart(p, weights, mean, hess) if weights.numel() == p.numel() else None
-            done = lanes is not None and self._execution.sample_compiled(weights, lanes, words, **options)
+            # A fused pass counts the noise from the tensor's beginning, which a shard does not have.
+            prepared = self._prepare(p, weights, mean, hess) if weights.numel() == p.numel() else None
+            done = prepared is not None and self.execution.sample_whole(weights, prepared, words, **options)
             if not done:
                 mean.copy_(weights)
             self.means[p] = mean  # only now, when it holds the mean: an error before leaves nothing to restore
@@ -139,26 +140,31 @@ class WeightSampler:
             if done:
                 return
         start = distributed.shard_start(p)
-        self._execution.sample(weights, mean, hess, words, start=start, total=p.numel(), **options)
+        self.execution.sample(weights, mean, hess, words, start=start, total=p.numel(), **options)
 
-    def _lanes_apart(self, p: Tensor, *tensors: Tensor) -> Lanes | None:
-        """Return what a compiled pass works on, kept from call to call while the tensors stay where they are."""
+    def _prepare(self, p: Tensor, *tensors: Tensor) -> Any:
+        """Return what a fused pass works on, kept from call to call while the tensors stay where they are."""
         pointers = tuple(t.data_ptr() for t in tensors)
-        kept = self._lanes.get(p)
+        kept = self._prepared.get(p)
         if kept is None or kept[0] != pointers:
-            lanes = self._execution.lanes_apart(*tensors)
-            if lanes is None:
+            prepared = self.execution.prepare(*tensors)
+            if prepared is None:
                 return None
-            kept = self._lanes[p] = (pointers, lanes)
+            kept = self._prepared[p] = (pointers, prepared)
         return kept[1]
 
     def _perturb_pack(self, pack: Pack, words: Tensor, train: bool) -> None:
-        pack.read("mean")
-        ess, weight_decay = ess_of(pack.group, train), pack.group["weight_decay"]
-        self._execution.sample_pack(pack, words, ess=ess, weight_decay=weight_decay)
+        options = {"ess": ess_of(pack.group, train), "weight_decay": pack.group["weight_decay"]}
+        native = self.execution.native(pack)
+        if native is not None:
+            native.sample_pack(pack, words, **options)
+        else:
+            pack.read("mean")
+            self.execution.sample_pack(pack, words, **options)
         self._sampled_packs[pack] = "mean"
         self.means.update(zip(pack.params, pack.views("mean"), strict=True))
-        pack.write("theta")
+        if native is None:
+            pack.write("theta")
 
     def follow(self, p: Tensor, state: Mapping[str, Any]) -> None:
         """Let a mean that is kept in the state follow what others wrote to its parameter since the last write here.
@@ -191,6 +197,13 @@ class WeightSampler:
             if not buffer._is_view():  # a view is part of a pack
                 self._spare.setdefault(p, []).append(buffer)
 
+    def end_window(self, buffers: Mapping[Tensor, Tensor]) -> None:
+        """Take back all that a window has kept: buffers as for `give_back`, and products in packs."""
+        self.give_back(buffers)
+        for pack in self._with_products:
+            pack.free("product")
+        self._with_products.clear()
+
     @torch.no_grad()
     def take_products(
         self, grads: Mapping[Tensor, Tensor], factor: float | Tensor, squared: bool
@@ -205,8 +218,7 @@ class WeightSampler:
             squared: Whether squares are wanted.
 
         Returns:
-            Parameter to product, in its shape; the caller's until they are given back. Those of packed parameters are
-            overwritten by the next call.
+            Parameter to product, in its shape; the caller's until the end of the window.
         """
         products: dict[Tensor, Tensor] = {}
         for pack in list(self._sampled_packs):
@@ -217,7 +229,7 @@ class WeightSampler:
         for p in [p for p in self._borrowed if p in grads]:
             weights, mean = distributed.local(p), self.means[p]
             scale = factor if isinstance(factor, float) else 1.0
-            self._execution.take_product(weights, mean, grads[p], scale, squared)
+            self.execution.take_product(weights, mean, grads[p], scale, squared)
             self._borrowed.discard(p)
             products[p] = self.means.pop(p)
             if isinstance(factor, Tensor):
@@ -228,17 +240,25 @@ class WeightSampler:
         self, pack: Pack, grads: Sequence[Tensor | None], factor: float | Tensor, squared: bool
     ) -> None:
         """Take the products of a pack, and put all of its means back; of those without gradient there is none."""
-        pack.gather("grad", grads)
-        for missing, _, elements in pack.runs([grad is None for grad in grads]):
-            if missing:
-                pack.flat("grad")[elements].zero_()
         scale = factor if isinstance(factor, float) else 1.0
-        self._execution.take_product(pack.flat("theta"), pack.flat("mean"), pack.flat("grad"), scale, squared)
-        pack.swap("mean", "product")
-        self._sampled_packs[pack] = "theta"
+        native = self.execution.native(pack)
+        if native is not None:
+            native.take_pack_product(pack, pack.plain(grads), scale, squared)
+        else:
+            pack.gather("grad", grads)
+            for missing, _, elements in pack.runs([grad is None for grad in grads]):
+                if missing:
+                    pack.flat("grad")[elements].zero_()
+            self.execution.take_product(pack.flat("theta"), pack.flat("mean"), pack.flat("grad"), scale, squared)
+            self._sampled_packs[pack] = "theta"
+        pack.rename("mean", "product")
+        self._with_products.add(pack)
         if isinstance(factor, Tensor):
             _scale(pack.flat("product"), factor, squared)
-        pack.write_back("theta")
+        if native is None:
+            pack.write_back("theta")
+        else:
+            pack.follow()
         del self._sampled_packs[pack]
 
     def restore(self) -> None:

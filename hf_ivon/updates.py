@@ -98,21 +98,29 @@ def _update_pack(pack: Pack, capture: GradientCapture, execution: Execution) -> 
     missing = [grad is None for grad in grads]
     if all(missing):
         return
-    pack.gather("grad", grads)
     products = capture.buffers(pack.params)
     if not all(map(is_, products, pack.views("product"))):
         pack.gather("product", products)
-    pack.read("mean")
+    native = execution.native(pack)
+    if native is None:
+        pack.gather("grad", grads)
+        pack.read("mean")
+    else:
+        grads = pack.plain(grads)
     names = ("mean", "grad", "product", "momentum", "hess", *(["prior_mean"] if pack.has_prior else []))
     steps = pack.flat("step")
     for (without, step), members, elements in pack.runs(list(zip(missing, steps.tolist(), strict=True))):
         if without:
             continue
         steps[members].add_(1)
+        options = _options(pack.group, step + 1.0, capture.divisor)
+        if native is not None:
+            native.update_pack(pack, members, grads[members], options)
+            continue
         whole = members == slice(0, len(pack.params))
         mean, grad, product, momentum, hess, *prior = (
             pack.flat(n) if whole else pack.flat(n)[elements] for n in names
         )
-        options = _options(pack.group, step + 1.0, capture.divisor)
         execution.update(mean, grad, product, momentum, hess, prior[0] if prior else None, options)
-    pack.write("mean")
+    if native is None:
+        pack.write("mean")

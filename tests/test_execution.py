@@ -1,17 +1,51 @@
-"""Plain, packed and compiled passes do the same; how much memory they hold; and what happens without a compiler."""
+"""Plain, packed, native and compiled passes do the same; how much memory they hold; and training without compilers."""
 
 import logging
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
-from hf_ivon import execution, passes, philox, sampling
+from hf_ivon import compiled, execution, native, passes, philox, sampling
+from hf_ivon.native import Native
 from hf_ivon.optim import IVON
+from hf_ivon.packs import MAX_ELEMENTS
 from hf_ivon.passes import UpdateOptions
 
-COMPILED_SIZE = execution.MIN_COMPILED
+COMPILED_SIZE = MAX_ELEMENTS
+
+
+@contextmanager
+def fresh_passes():
+    """Have the fused passes made anew, here and afterwards."""
+    execution._make_and_check.cache_clear()
+    try:
+        yield
+    finally:
+        execution._make_and_check.cache_clear()
+
+
+def no_native():
+    raise OSError("no C++ compiler found")
+
+
+@pytest.fixture(scope="module")
+def compiled_passes():
+    """The passes as accelerators have them, compiled once for all tests."""
+    with pytest.MonkeyPatch.context() as patch, fresh_passes():
+        patch.setattr(native, "build", no_native)
+        return execution.fused_passes("cpu")
+
+
+@pytest.fixture(params=["eager", "native", "compiled"])
+def fused(request, monkeypatch):
+    """Option `fused` of an optimizer that takes its passes in each of the ways."""
+    if request.param == "compiled":
+        kept = request.getfixturevalue("compiled_passes")
+        monkeypatch.setattr(execution, "fused_passes", lambda device_type: kept)
+    return request.param != "eager"
 
 
 def make_params(seed=0):
@@ -56,25 +90,31 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("fused", "options"),
-    [pytest.param(False, options, id=f"packs-{name}") for name, options in OPTIONS.items()]
-    + [
-        # Each of the others compiles the passes once more.
-        pytest.param(True, options, id=f"compiled-{name}", marks=[pytest.mark.slow] if name != "default" else [])
-        for name, options in OPTIONS.items()
-    ],
-)
-def test_the_ways_to_run_agree(fused, options):
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_ways_to_run_agree(fused, name, request):
     """A machine with a compiler must train the same model as one without: nobody could find such a difference."""
+    if "compiled" in request.node.callspec.id and name != "default":
+        pytest.skip("each compiles the passes once more; see test_all_options_compiled")
+    agree(fused, OPTIONS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("fused", ["compiled"], indirect=True)
+def test_all_options_compiled(fused, name):
+    """On a GPU every run is compiled, with whatever options."""
+    agree(fused, OPTIONS[name])
+
+
+def agree(fused, options):
     expected = run(foreach=False, fused=False, **options)
     got = run(foreach=True, fused=fused, **options)
     for name in expected:
         for a, b in zip(got[name], expected[name], strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+            # Draws near zero differ in their last bits, and the small Hessians of some weights enlarge that.
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("fused", [False, True])
 def test_the_mean_comes_back_bit_for_bit_whatever_the_way(fused):
     """Every sample would leave a trace in the weights."""
     params = make_params()
@@ -88,25 +128,28 @@ def test_the_mean_comes_back_bit_for_bit_whatever_the_way(fused):
         assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
-def test_compiled_passes_were_really_taken():
-    """Tests of the compiled way would otherwise test the eager one twice."""
-    run = execution.compiled("cpu")
-    assert run is not None
-    assert not run._failed
-    calls = []
-    original = run._functions["update"]
-    run._functions["update"] = lambda *args: (calls.append(args[0].shape), original(*args))
-    try:
-        params = make_params()
-        optimizer = IVON(params, lr=0.1, ess=50.0, fused=True)
-        train(params, optimizer, steps=1)
-    finally:
-        run._functions["update"] = original
-    small = sum(p.numel() for p in params[2:])
-    assert [shape.numel() for shape in calls] == [params[0].numel(), params[1].numel(), small]
+@pytest.mark.parametrize("fused", ["native", "compiled"], indirect=True)
+def test_fused_passes_were_really_taken(fused, monkeypatch):
+    """Tests of the fused ways would otherwise test the eager one three times."""
+    run = execution.fused_passes("cpu")
+    sizes = []
+
+    def update(tensors, *args):
+        sizes.append(tensors[0].numel())
+        return type(run).update(run, tensors, *args)
+
+    def update_pack(pack, *args):
+        sizes.append(pack.starts[-1])
+        Native.update_pack(run, pack, *args)
+
+    monkeypatch.setattr(run, "update", update)
+    monkeypatch.setattr(run, "update_pack", update_pack, raising=False)
+    params = make_params()
+    optimizer = IVON(params, lr=0.1, ess=50.0, fused=True)
+    train(params, optimizer, steps=1)
+    assert sizes == [params[0].numel(), params[1].numel(), sum(p.numel() for p in params[2:])]
 
 
-@pytest.mark.parametrize("fused", [False, True])
 def test_momentum_in_bf16(fused):
     """The option would be without effect, lose the step to rounding, or a resumed run would go another way."""
     ends = {}
@@ -129,7 +172,8 @@ def test_momentum_in_bf16(fused):
     assert 0 < difference.max() < 0.01 * moved.max()  # bf16 has 8 bits: 0.4% in each of four steps at most
 
 
-def test_shapes_are_not_compiled_in_and_writes_are_counted():
+@pytest.mark.parametrize("fused", ["native", "compiled"], indirect=True)
+def test_shapes_are_not_compiled_in_and_writes_are_counted(fused):
     """Weights of many ranks would be compiled once each; autograd would not notice a weight that is written to."""
     shapes = [(COMPILED_SIZE,), (2, COMPILED_SIZE // 2), (2, 4, COMPILED_SIZE // 8), (2, 2, 4, COMPILED_SIZE // 16)]
     counts = []
@@ -142,11 +186,12 @@ def test_shapes_are_not_compiled_in_and_writes_are_counted():
         assert p._version > before
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[1:] == counts[:-1]
-    assert not execution.compiled("cpu")._failed
+    assert execution.fused_passes("cpu") is not None
 
 
 @torch._inductor.config.patch(force_disable_caches=True)  # code from the cache comes without the guards on numbers
-def test_numbers_that_change_are_not_compiled_in():
+@pytest.mark.parametrize("fused", ["compiled"], indirect=True)
+def test_numbers_that_change_are_not_compiled_in(fused):
     """Every step of a schedule, or every trial of a sweep, would compile anew, and after eight fall back to eager."""
     torch._dynamo.reset()
     trials = [{"lr": 0.1 / (i + 1), "clip_radius": 0.1 / (i + 1), "beta1": 0.5 + i / 50} for i in range(10)]
@@ -159,7 +204,7 @@ def test_numbers_that_change_are_not_compiled_in():
             options = {"lr": 0.1, "ess": 50.0, "hess_approx": estimator, "batch_size": 2.0, "fused": True, **trial}
             train(params, IVON(params, **options), steps=2)
             counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert not execution.compiled("cpu")._failed
+    assert execution.fused_passes("cpu").failure is None
     assert counts[1:20] == [counts[1]] * 19
     assert counts[21:] == [counts[21]] * 19
 
@@ -175,12 +220,9 @@ def test_without_a_compiler_training_goes_on_with_one_warning(monkeypatch, caplo
         return fail
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    execution._compile_and_check.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            got = run(fused=True)
-    finally:
-        execution._compile_and_check.cache_clear()
+    monkeypatch.setattr(native, "build", no_native)
+    with caplog.at_level(logging.WARNING), fresh_passes():
+        got = run(fused=True)
     assert all(torch.equal(a, b) for name in expected for a, b in zip(got[name], expected[name], strict=True))
     assert [r.message for r in caplog.records] == [
         "IVON's passes over the weights could not be compiled (no working C++ compiler found). They run eagerly "
@@ -196,11 +238,9 @@ def test_compiled_passes_that_are_wrong_are_not_used(monkeypatch, caplog):
         return (lambda *args: None) if function.__name__ == "take_product" else function
 
     monkeypatch.setattr(torch, "compile", wrong)
-    execution._compile_and_check.cache_clear()
-    try:
-        assert execution.compiled("cpu") is None
-    finally:
-        execution._compile_and_check.cache_clear()
+    monkeypatch.setattr(Native, "update", lambda *args: True)
+    with fresh_passes():
+        assert execution.fused_passes("cpu") is None
     assert "give other numbers than the eager ones" in caplog.text
 
 
@@ -256,7 +296,8 @@ def test_gradients_clipped_inside_the_block_are_said_to_change_their_squares(cap
     assert ["squares of the changed ones" in r.message for r in caplog.records] == [True]
 
 
-def test_a_shard_has_its_part_of_the_noise_where_passes_are_compiled(monkeypatch):
+@pytest.mark.parametrize("fused", ["native", "compiled"], indirect=True)
+def test_a_shard_has_its_part_of_the_noise_where_passes_are_fused(fused, monkeypatch):
     """Counted from the shard's beginning, all processes would draw the same noise for different weights."""
     p = nn.Parameter(torch.zeros(4 * COMPILED_SIZE))
     half = p.numel() // 2
@@ -281,7 +322,7 @@ def test_compiled_loops_run_in_the_threads_of_their_call(threads, monkeypatch):
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch._dynamo.reset()
-    _, [code] = run_and_get_code(execution.compile_pass(passes.take_product), *torch.rand(3, 96), 1.0, False)
+    _, [code] = run_and_get_code(compiled.compile_pass(passes.take_product), *torch.rand(3, 96), 1.0, False)
     assert re.findall(r"#pragma omp parallel.*", code) == ["#pragma omp parallel"]
 
 
@@ -300,15 +341,15 @@ def test_a_compiled_pass_is_one_loop_without_temporaries(name, reads, writes):
 
     a, b, c, d, e = (torch.rand(2**16) + 0.1 for _ in range(5))
     words = philox.noise_words((1,), 0)
-    apart = [execution._apart(t) for t in (a, b, c)]
+    apart = [compiled.apart(t) for t in (a, b, c)]
     arguments = {
         "sample": (*apart, words, 10.0, 1e-3),
         "take_product": (a, b, c, 1.0, False),
         "update": (a, b, c, d, e, None, *UpdateOptions(10.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True, False)),
     }
     torch._dynamo.reset()
-    function = {"sample": execution._sample_whole, "take_product": passes.take_product, "update": passes.update}[name]
-    _, [code] = run_and_get_code(execution.compile_pass(function), *arguments[name])
+    function = {"sample": compiled.sample_whole, "take_product": passes.take_product, "update": passes.update}[name]
+    _, [code] = run_and_get_code(compiled.compile_pass(function), *arguments[name])
     assert code.count("async_compile.cpp_pybinding(") == 1
     assert "empty_strided_cpu(" not in code.split("def call(")[1]
     kernel = code[code.index('extern "C"') : code.index("async_compile.wait")]

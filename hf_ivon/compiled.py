@@ -1,0 +1,125 @@
+"""The passes of `hf_ivon.passes`, compiled into one loop each by `torch.compile`: for accelerators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ivon import passes
+from hf_ivon.packs import MAX_ELEMENTS
+from hf_ivon.passes import UpdateOptions
+
+# The four lanes of a parameter, of its mean and of its Hessian.
+Lanes = tuple[list[Tensor], ...]
+
+
+class Compiled:
+    """The passes, compiled for one kind of device when they are first called, and for tensors of any size.
+
+    After a failure none of them runs any more: they return False, and nothing is changed.
+
+    Attributes:
+        smallest: Number of elements below which a pass costs more to call than it saves.
+        failure: What went wrong, None if nothing did.
+    """
+
+    smallest = MAX_ELEMENTS
+
+    def __init__(self) -> None:
+        functions: dict[str, Callable[..., None]] = {
+            "sample": sample_whole,
+            "draw_lanes": passes.draw_lanes,
+            "take_product": passes.take_product,
+            "add_product": passes.add_product,
+            "square": passes.square,
+            "update": passes.update,
+        }
+        self._functions = {name: compile_pass(f) for name, f in functions.items()}
+        self.failure: Exception | None = None
+
+    def prepare(self, theta: Tensor, mean: Tensor, hess: Tensor) -> Lanes | None:
+        """Return what `sample` works on; None if it cannot, as it has a loop for all four lanes."""
+        return None if theta.numel() % 4 else tuple(apart(t) for t in (theta, mean, hess))
+
+    def sample(self, theta: Tensor, prepared: Lanes, words: Tensor, ess: float, weight_decay: float) -> bool:
+        """Run the first pass on a whole tensor; see `Execution.sample_whole`."""
+        done = self._call("sample", *prepared, words.to(theta.device, non_blocking=True), ess, weight_decay)
+        if done:
+            torch.autograd.graph.increment_version(theta)
+        return done
+
+    def draw_lanes(self, lanes: list[Tensor], columns: Tensor, indices: Tensor, words: Tensor) -> bool:
+        """Run `passes.draw_lanes`."""
+        return self._call("draw_lanes", lanes, columns, indices, words)
+
+    def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> bool:
+        """Run `passes.take_product`."""
+        done = self._call("take_product", *map(_flat, (theta, mean, grad)), factor, squared)
+        if done:
+            torch.autograd.graph.increment_version((theta, mean))
+        return done
+
+    def add_product(self, total: Tensor, theta: Tensor, mean: Tensor, grad: Tensor, factor: float) -> bool:
+        """Run `passes.add_product`."""
+        return self._call("add_product", *map(_flat, (total, theta, mean, grad)), factor)
+
+    def square(self, total: Tensor, grad: Tensor, factor: float, keep: bool) -> bool:
+        """Run `passes.square`."""
+        return self._call("square", *map(_flat, (total, grad)), factor, keep)
+
+    def update(self, tensors: list[Tensor], prior_mean: Tensor | None, options: UpdateOptions) -> bool:
+        """Run `passes.update`; `tensors` are its first five."""
+        done = self._call("update", *map(_flat, tensors), _flat(prior_mean), *options)
+        if done:
+            mean, _, _, momentum, hess = tensors
+            torch.autograd.graph.increment_version((mean, momentum, hess))
+        return done
+
+    def _call(self, name: str, *args: Any) -> bool:
+        if self.failure is not None:
+            return False
+        args = tuple(float(a) if type(a) is int else a for a in args)  # whose value would be compiled in
+        try:
+            self._functions[name](*args)
+        except Exception as error:  # of any kind: compilers are not part of torch
+            self.failure = error
+            return False
+        return True
+
+
+def compile_pass(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a pass that is compiled for tensors of any size when it is first called.
+
+    The loop runs in as many threads as torch has when it runs. Else the compiler settles that by the tensors and the
+    threads of the first call, and small ones would make all later loops run in one thread.
+    """
+    compile_: Any = torch.compile
+    return compile_(function, dynamic=True, fullgraph=True, options={"cpp.dynamic_threads": True})
+
+
+def sample_whole(
+    thetas: list[Tensor], means: list[Tensor], hesses: list[Tensor], words: Tensor, ess: float, weight_decay: float
+) -> None:
+    """Run `passes.sample_lanes` on the four lanes of a whole tensor, whose size is a multiple of four."""
+    columns = torch.arange(hesses[0].shape[0], device=hesses[0].device)
+    passes.sample_lanes(thetas, means, hesses, columns, words, ess, weight_decay)
+
+
+def lanes(tensor: Tensor) -> list[Tensor]:
+    """Return the four lanes of a contiguous tensor, as views; the last ones are shorter if it does not divide."""
+    flat = tensor.view(-1)
+    width = -(-flat.numel() // 4)
+    return [flat[lane * width : (lane + 1) * width] for lane in range(4)]
+
+
+def apart(tensor: Tensor) -> list[Tensor]:
+    """Return the four lanes as tensors of their own on the same memory: the compiler must not see one tensor."""
+    return [torch.from_dlpack(lane) for lane in lanes(tensor)]
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    """Return a contiguous tensor with one axis, and no relation to another: the passes are compiled for each rank."""
+    return None if tensor is None else tensor.view(-1).data

@@ -1,0 +1,202 @@
+"""The passes of `hf_ivon.passes` in C++, for CPUs: built by the machine's compiler in a second, and kept for others.
+
+What the passes work on is handed over as addresses, any number of tensors in one call. It is the caller who sees to
+it that they are contiguous, fp32 and on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ivon.packs import Pack, addresses_of
+from hf_ivon.passes import UpdateOptions
+
+_SOURCE = Path(__file__).with_name("passes.cpp")
+_FLAGS = "-O3 -march=native -std=c++17 -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC".split()
+# So many elements are worth one more thread.
+_SHARE = 2**15
+
+# What `Native.sample` works on: sizes, and addresses of weights, means and Hessians.
+Prepared = tuple[Any, ...]
+
+
+class _Options(ctypes.Structure):
+    """`Options` of passes.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_float) for name in ("ess", "weight_decay", "rate1", "rate2")),
+        *((name, ctypes.c_float) for name in ("inverse_debias", "clip_radius", "lr", "inverse_divisor")),
+        *((name, ctypes.c_int32) for name in ("price", "average")),
+    ]
+
+
+class Native:
+    """The passes, from the library that `passes.cpp` was built to.
+
+    Attributes:
+        smallest: Number of elements below which a pass costs more to call than it saves.
+
+    Raises:
+        OSError: If the library cannot be built or loaded.
+    """
+
+    smallest = 1
+
+    def __init__(self) -> None:
+        library = build()
+        number, factor, pointer, flag = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
+        self._sample = library.ivon_sample
+        self._sample.argtypes = [number, *[pointer] * 6, factor, factor, flag]
+        self._take_product = library.ivon_take_product
+        self._take_product.argtypes = [number, *[pointer] * 4, factor, flag, flag]
+        self._add_product = library.ivon_add_product
+        self._add_product.argtypes = [number, *[pointer] * 5, factor, flag]
+        self._square = library.ivon_square
+        self._square.argtypes = [number, *[pointer] * 3, factor, flag, flag]
+        self._update = library.ivon_update
+        self._update.argtypes = [number, *[pointer] * 8, flag, flag]
+
+    def prepare(self, theta: Tensor, mean: Tensor, hess: Tensor) -> Prepared:
+        """Return what `sample` works on."""
+        return _sizes(theta), *(addresses_of([t]) for t in (theta, mean, hess))
+
+    def sample(self, theta: Tensor, prepared: Prepared, words: Tensor, ess: float, weight_decay: float) -> bool:
+        """Run the first pass on a whole tensor; see `Execution.sample_whole`."""
+        k0, k1, index, c2, c3 = words.tolist()
+        words_, indices = (ctypes.c_uint32 * 4)(k0, k1, c2, c3), (ctypes.c_uint32 * 1)(index)
+        self._sample(1, *prepared, indices, words_, ess, weight_decay, _threads(theta.numel()))
+        torch.autograd.graph.increment_version(theta)
+        return True
+
+    def sample_pack(self, pack: Pack, words: Tensor, ess: float, weight_decay: float) -> None:
+        """Run the first pass on the parameters of a pack; their means go into its buffer "mean"."""
+        k0, k1, _, c2, c3 = words.tolist()
+        places = [pack.addresses(name) for name in ("params", "mean", "hess")]
+        key = (ctypes.c_uint32 * 4)(k0, k1, c2, c3)
+        count, threads = len(pack.params), _threads(pack.starts[-1])
+        self._sample(count, pack.sizes, *places, pack.numbers, key, ess, weight_decay, threads)
+        torch.autograd.graph.increment_version(pack.weights)
+
+    def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> bool:
+        """Run `passes.take_product`."""
+        places = (addresses_of([t]) for t in (theta, mean, grad))
+        self._take_product(1, _sizes(theta), *places, factor, squared, _threads(theta.numel()))
+        torch.autograd.graph.increment_version((theta, mean))
+        return True
+
+    def take_pack_product(self, pack: Pack, grads: Sequence[Tensor | None], factor: float, squared: bool) -> None:
+        """Run `passes.take_product` on the parameters of a pack and its buffer "mean"; no gradient is one of zero."""
+        places = pack.addresses("params"), pack.addresses("mean"), addresses_of(grads)
+        threads = _threads(pack.starts[-1])
+        self._take_product(len(pack.params), pack.sizes, *places, factor, squared, threads)
+        torch.autograd.graph.increment_version(pack.weights)
+
+    def add_product(self, total: Tensor, theta: Tensor, mean: Tensor, grad: Tensor, factor: float) -> bool:
+        """Run `passes.add_product`."""
+        places = (addresses_of([t]) for t in (total, theta, mean, grad))
+        self._add_product(1, _sizes(theta), *places, factor, _threads(theta.numel()))
+        return True
+
+    def square(self, total: Tensor, grad: Tensor, factor: float, keep: bool) -> bool:
+        """Run `passes.square`."""
+        places = (addresses_of([t]) for t in (total, grad))
+        self._square(1, _sizes(total), *places, factor, keep, _threads(total.numel()))
+        return True
+
+    def update(self, tensors: Sequence[Tensor], prior_mean: Tensor | None, options: UpdateOptions) -> bool:
+        """Run `passes.update`; `tensors` are its first five."""
+        mean, _, _, momentum, hess = tensors
+        places = [addresses_of([t]) for t in tensors]
+        places.append(None if prior_mean is None else addresses_of([prior_mean]))
+        narrow = momentum.dtype == torch.bfloat16
+        self._update(1, _sizes(mean), *places, _options(options), narrow, _threads(mean.numel()))
+        torch.autograd.graph.increment_version((mean, momentum, hess))
+        return True
+
+    def update_pack(self, pack: Pack, members: slice, grads: Sequence[Tensor | None], options: UpdateOptions) -> None:
+        """Run `passes.update` on some parameters of a pack, whose products are in its buffer "product"."""
+        names = ["momentum", "hess", *(["prior_mean"] if pack.has_prior else [])]
+        params, products, *states = (_some(pack.addresses(name), members) for name in ("params", "product", *names))
+        places = [params, addresses_of(grads), products, *states, *([] if pack.has_prior else [None])]
+        threads = _threads(pack.starts[members.stop] - pack.starts[members.start])
+        self._update(len(grads), _some(pack.sizes, members), *places, _options(options), False, threads)
+        torch.autograd.graph.increment_version(pack.weights[members])
+
+
+def _options(options: UpdateOptions) -> Any:
+    o = options
+    inverse = 1.0 / o.debias, o.clip_radius, o.lr, 1.0 / o.divisor
+    fields = o.ess, o.weight_decay, 1.0 - o.beta1, 1.0 - o.beta2, *inverse, o.price, o.average
+    return ctypes.byref(_Options(*fields))
+
+
+def _sizes(tensor: Tensor) -> Any:
+    return (ctypes.c_int64 * 1)(tensor.numel())
+
+
+def _some(array: Any, members: slice) -> Any:
+    """Return a part of an array of ctypes; the array itself, if it is all."""
+    taken = range(*members.indices(len(array)))
+    return array if len(taken) == len(array) else (array._type_ * len(taken))(*array[members])
+
+
+def _threads(elements: int) -> int:
+    return min(torch.get_num_threads(), 1 + elements // _SHARE)
+
+
+def build() -> ctypes.CDLL:
+    """Return the library that belongs to `passes.cpp`, this processor and the compiler; it is built if there is none.
+
+    It is kept in `$XDG_CACHE_HOME/hf_ivon`, in `~/.cache/hf_ivon` where that is not set, if one can write there.
+
+    Raises:
+        OSError: If there is no compiler, or it fails; the message is its first error.
+    """
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
+    if compiler is None:
+        raise OSError("no C++ compiler found")
+    command = [*compiler.split(), *_FLAGS]
+    # What the compiler defines tells its version, and the processor that `native` is here: a home is often shared.
+    machine = _output([*command, "-dM", "-E", "-x", "c++", os.devnull])
+    key = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), " ".join(command).encode(), machine])).hexdigest()
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "hf_ivon"
+    kept = directory / f"passes-{key[:16]}.so"
+    if kept.exists():
+        return ctypes.CDLL(str(kept))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(dir=directory)
+    except OSError:
+        place = tempfile.TemporaryDirectory()
+    with place as temporary:
+        built = Path(temporary) / kept.name
+        _output([*command, str(_SOURCE), "-o", str(built)])
+        library = ctypes.CDLL(str(built))
+        with suppress(OSError):  # the next process builds its own
+            built.replace(kept)
+    return library
+
+
+def _output(command: Sequence[str]) -> bytes:
+    """Return what a command writes.
+
+    Raises:
+        OSError: If it cannot be run or fails.
+    """
+    ran = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    if ran.returncode:
+        lines = ran.stderr.decode(errors="replace").splitlines() or [f"exit status {ran.returncode}"]
+        raise OSError(next((line for line in lines if "error" in line), lines[0]))
+    return ran.stdout

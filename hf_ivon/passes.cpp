@@ -1,0 +1,334 @@
+// The passes of hf_ivon/passes.py for CPUs, in vector instructions: the same numbers up to rounding.
+//
+// A processor's vector holds W floats. Every function takes several tensors at once: `count` of them, with their sizes
+// and one array of addresses for each role. All tensors are contiguous fp32, but for momenta, which may be bf16.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * W)));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef uint32_t Words __attribute__((vector_size(4 * W)));
+typedef uint64_t Wides __attribute__((vector_size(4 * W)));  // words of every second lane, with room above them
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+
+namespace {
+
+// ---------------------------------------------------------------------- vectors
+
+template <class Vector, class Number>
+Vector filled(Number number) {
+    return Vector{} + number;
+}
+
+template <class Target, class Source>
+Target bits(Source source) {
+    static_assert(sizeof(Target) == sizeof(Source));
+    Target target;
+    std::memcpy(&target, &source, sizeof target);
+    return target;
+}
+
+// How many elements of a vector are meant: all, which the compiler knows, or the last ones of a tensor.
+using All = std::integral_constant<int64_t, W>;
+
+template <class Number>
+Floats load(const float* from, Number number) {
+    Floats vector = filled<Floats>(1.0f);  // what is not loaded must not make exceptions
+    std::memcpy(&vector, from, number * sizeof(float));
+    return vector;
+}
+
+template <class Number>
+void store(float* to, Floats vector, Number number) {
+    std::memcpy(to, &vector, number * sizeof(float));
+}
+
+template <class Number>
+Floats load(const uint16_t* from, Number number) {
+    Halves halves{};
+    std::memcpy(&halves, from, number * sizeof(uint16_t));
+    return bits<Floats>(__builtin_convertvector(halves, Words) << 16);
+}
+
+// To the nearest bf16, to the even one of two; NaN stays NaN.
+template <class Number>
+void store(uint16_t* to, Floats vector, Number number) {
+    Words word = bits<Words>(vector);
+    Words rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+    Words nan = bits<Words>(vector != vector);
+    Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), Halves);
+    std::memcpy(to, &halves, number * sizeof(uint16_t));
+}
+
+Floats square_root(Floats x) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+    return (Floats)_mm_sqrt_ps((__m128)x);
+#else
+    for (int i = 0; i < W; i++) x[i] = std::sqrt(x[i]);
+    return x;
+#endif
+}
+
+Floats reciprocal_root(Floats x) {
+#if defined(__AVX512F__)
+    // An estimate of 14 bits and one step of Newton's method, which would make NaN of 0 and infinity.
+    Floats y = (Floats)_mm512_rsqrt14_ps((__m512)x);
+    Floats better = y + y * (0.5f - (0.5f * x * y) * y);
+    return better != better ? y : better;
+#else
+    return 1.0f / square_root(x);
+#endif
+}
+
+// The whole product of the lower halves.
+Wides product_of_words(Wides a, Wides b) {
+#if defined(__AVX512F__)
+    return (Wides)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (Wides)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return (Wides)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+    return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF);
+#endif
+}
+
+// ---------------------------------------------------------------------- noise, as in hf_ivon/philox.py
+
+constexpr int ROUNDS = 7;
+
+// What the noise of several tensors has in common.
+struct Key {
+    Wides first[ROUNDS], second[ROUNDS], c2, c3;
+
+    explicit Key(const uint32_t* words) : c2(filled<Wides>((uint64_t)words[2])), c3(filled<Wides>((uint64_t)words[3])) {
+        for (uint32_t i = 0; i < ROUNDS; i++) {
+            first[i] = filled<Wides>((uint64_t)(uint32_t)(words[0] + i * 0x9E3779B9u));
+            second[i] = filled<Wides>((uint64_t)(uint32_t)(words[1] + i * 0xBB67AE85u));
+        }
+    }
+};
+
+// Philox4x32 of W/2 counters; above their 32 bits the words hold whatever.
+inline void philox(Wides c[4], const Key& key) {
+    const Wides m0 = filled<Wides>((uint64_t)0xD2511F53), m1 = filled<Wides>((uint64_t)0xCD9E8D57);
+    for (int i = 0; i < ROUNDS; i++) {
+        Wides p0 = product_of_words(c[0], m0), p1 = product_of_words(c[2], m1);
+        c[0] = (p1 >> 32) ^ c[1] ^ key.first[i];
+        c[1] = p1;
+        c[2] = (p0 >> 32) ^ c[3] ^ key.second[i];
+        c[3] = p0;
+    }
+}
+
+// Cephes' logf, for normal positive numbers.
+inline Floats logarithm(Floats x) {
+    Ints word = bits<Ints>(x);
+    Ints exponent = (word - 0x3F3504F3) >> 23;  // of x / sqrt(1/2)
+    Floats f = bits<Floats>(word - (exponent << 23)) - 1.0f, z = f * f, e = __builtin_convertvector(exponent, Floats);
+    Floats p = 7.0376836292e-2f * f - 1.1514610310e-1f;
+    p = p * f + 1.1676998740e-1f;
+    p = p * f - 1.2420140846e-1f;
+    p = p * f + 1.4249322787e-1f;
+    p = p * f - 1.6668057665e-1f;
+    p = p * f + 2.0000714765e-1f;
+    p = p * f - 2.4999993993e-1f;
+    p = p * f + 3.3333331174e-1f;
+    return f * z * p + e * -2.12194440e-4f - 0.5f * z + f + e * 0.693359375f;
+}
+
+inline Floats of_high_bits(Words words) { return __builtin_convertvector(bits<Ints>(words >> 8), Floats); }
+
+inline void box_muller(Words first, Words second, Floats& x, Floats& y) {
+    Floats radius = square_root(logarithm((of_high_bits(first) + 0.5f) * 0x1p-24f) * -2.0f);
+    Floats quarter = (of_high_bits(second) - 8388607.5f) * 9.362675555e-8f;  // pi / 2**25
+    Floats square = quarter * quarter;
+    Floats sine = (square * -1.9515295891e-4f + 8.3321608736e-3f) * square - 1.6666654611e-1f;
+    sine = (sine * square + 1.0f) * quarter;
+    Floats cosine = (square * 2.443315711809948e-5f - 1.388731625493765e-3f) * square + 4.166664568298827e-2f;
+    cosine = (cosine * square - 0.5f) * square + 1.0f;
+    Floats half_sine = cosine * sine * 2.0f, half_cosine = 1.0f - sine * sine * 2.0f;
+    x = (1.0f - half_sine * half_sine * 2.0f) * radius;
+    y = half_cosine * half_sine * 2.0f * radius;
+}
+
+inline Words together(Wides even, Wides odd) { return bits<Words>((even & 0xFFFFFFFF) | (odd << 32)); }
+
+// The four draws of each of W columns, of the tensor with this number.
+inline void normals(uint64_t column, uint32_t index, const Key& key, Floats draws[4]) {
+    Wides columns = filled<Wides>(column);
+    for (int i = 0; i < W / 2; i++) columns[i] += 2 * i;
+    Wides even[4] = {columns, filled<Wides>((uint64_t)index), key.c2, key.c3};
+    Wides odd[4] = {columns + 1, even[1], key.c2, key.c3};
+    philox(even, key);
+    philox(odd, key);
+    box_muller(together(even[0], odd[0]), together(even[1], odd[1]), draws[0], draws[1]);
+    box_muller(together(even[2], odd[2]), together(even[3], odd[3]), draws[2], draws[3]);
+}
+
+// ---------------------------------------------------------------------- threads
+
+// Calls work(tensor, begin, end) for all of 0 <= begin < end <= length(tensor), each thread with its share of the sum.
+template <class Length, class Work>
+void share(int64_t count, int threads, Length length, Work work) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; i++) total += length(i);
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t number = omp_get_num_threads(), mine = omp_get_thread_num();
+        int64_t begin = total * mine / number / W * W, end = total * (mine + 1) / number / W * W;
+        if (mine + 1 == number) end = total;
+        for (int64_t i = 0, offset = 0; i < count && offset < end; offset += length(i), i++) {
+            int64_t from = std::max<int64_t>(begin - offset, 0), to = std::min(end - offset, length(i));
+            if (from < to) work(i, from, to);
+        }
+    }
+}
+
+// Calls work(tensor, at, number) for each vector of each tensor.
+template <class Work>
+void share_vectors(int64_t count, int threads, const int64_t* sizes, Work work) {
+    share(count, threads, [=](int64_t i) { return sizes[i]; }, [=](int64_t i, int64_t at, int64_t to) {
+        for (; at + W <= to; at += W) work(i, at, All{});
+        if (at < to) work(i, at, to - at);
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+// ---------------------------------------------------------------------- the passes
+
+// Keeps what `thetas` hold in `means`, and puts a weight sample in its place.
+void ivon_sample(int64_t count, const int64_t* sizes, float* const* thetas, float* const* means,
+                 const float* const* hesses, const uint32_t* indices, const uint32_t* words, float ess,
+                 float weight_decay, int threads) {
+    const Key key(words);
+    share(count, threads, [=](int64_t i) { return (sizes[i] + 3) / 4; }, [=, &key](int64_t i, int64_t from, int64_t to) {
+        const int64_t width = (sizes[i] + 3) / 4;
+        auto work = [=, &key](int64_t column, int lane, Floats draw, auto number) {
+            int64_t at = lane * width + column;
+            Floats mean = load(thetas[i] + at, number), hess = load(hesses[i] + at, number);
+            store(means[i] + at, mean, number);
+            store(thetas[i] + at, mean + reciprocal_root((hess + weight_decay) * ess) * draw, number);
+        };
+        for (int64_t column = from; column < to; column += W) {
+            Floats draws[4];
+            normals(column, indices[i], key, draws);
+            if (column + W <= to && 3 * width + column + W <= sizes[i])
+                for (int lane = 0; lane < 4; lane++) work(column, lane, draws[lane], All{});
+            else
+                for (int lane = 0; lane < 4; lane++) {
+                    int64_t number = std::min({to - column, sizes[i] - lane * width - column, (int64_t)W});
+                    if (number > 0) work(column, lane, draws[lane], number);
+                }
+        }
+    });
+}
+
+// Puts `means` back into `thetas`, and leaves gradient times noise, or the squared gradient, where they were; zeros
+// where there is no gradient.
+void ivon_take_product(int64_t count, const int64_t* sizes, float* const* thetas, float* const* means,
+                       const float* const* grads, float factor, int squared, int threads) {
+    share_vectors(count, threads, sizes, [=](int64_t i, int64_t at, auto number) {
+        Floats mean = load(means[i] + at, number), product{};
+        if (grads[i]) {
+            Floats grad = load(grads[i] + at, number), scaled = grad * factor;
+            product = squared ? scaled * scaled : (load(thetas[i] + at, number) - mean) * grad * factor;
+        }
+        store(thetas[i] + at, mean, number);
+        store(means[i] + at, product, number);
+    });
+}
+
+// Adds gradient times noise to `totals`.
+void ivon_add_product(int64_t count, const int64_t* sizes, float* const* totals, const float* const* thetas,
+                      const float* const* means, const float* const* grads, float factor, int threads) {
+    share_vectors(count, threads, sizes, [=](int64_t i, int64_t at, auto number) {
+        Floats noise = load(thetas[i] + at, number) - load(means[i] + at, number);
+        Floats product = noise * load(grads[i] + at, number) * factor;
+        store(totals[i] + at, load(totals[i] + at, number) + product, number);
+    });
+}
+
+// Puts the squares of the gradients into `totals`, or adds them to what is there.
+void ivon_square(int64_t count, const int64_t* sizes, float* const* totals, const float* const* grads, float factor,
+                 int keep, int threads) {
+    share_vectors(count, threads, sizes, [=](int64_t i, int64_t at, auto number) {
+        Floats scaled = load(grads[i] + at, number) * factor, square = scaled * scaled;
+        store(totals[i] + at, keep ? load(totals[i] + at, number) + square : square, number);
+    });
+}
+
+// The options of a step, as hf_ivon/passes.py has them, with reciprocals in place of divisors.
+struct Options {
+    float ess, weight_decay, rate1, rate2, inverse_debias, clip_radius, lr, inverse_divisor;
+    int32_t price, average;
+};
+
+}  // extern "C"
+
+namespace {
+
+template <class Momentum>
+void update(int64_t count, const int64_t* sizes, float* const* means, const float* const* grads,
+            const float* const* curvatures, void* const* momenta, float* const* hesses, const float* const* priors,
+            const Options o, int threads) {
+    const float delta = o.weight_decay;
+    const Floats floor = filled<Floats>(o.average ? 1e-30f : std::max(delta * 0x1p-20f, 1e-30f) - delta);
+    const Floats most = filled<Floats>(o.clip_radius), least = -most;
+    share_vectors(count, threads, sizes, [=](int64_t i, int64_t at, auto number) {
+        Momentum* momenta_here = static_cast<Momentum*>(momenta[i]);
+        Floats mean = load(means[i] + at, number), hess = load(hesses[i] + at, number);
+        Floats estimate = load(curvatures[i] + at, number) * o.inverse_divisor;
+        if (o.price) estimate *= (hess + delta) * o.ess;
+        Floats momentum = load(momenta_here + at, number);
+        momentum += (load(grads[i] + at, number) - momentum) * o.rate1;
+        store(momenta_here + at, momentum, number);
+        Floats change = (estimate - hess) * o.rate2;
+        hess += o.average ? change : (change / (hess + delta) * 0.5f + 1.0f) * change;
+        hess = hess < floor ? floor : hess;  // of a comparison with NaN the other side is taken, which is NaN
+        store(hesses[i] + at, hess, number);
+        Floats displacement = priors ? mean - load(priors[i] + at, number) : mean;
+        Floats direction = (momentum * o.inverse_debias + displacement * delta) / (hess + delta);
+        direction = direction < least ? least : direction;
+        direction = direction > most ? most : direction;
+        store(means[i] + at, mean - direction * o.lr, number);
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+// Runs lines 3 to 7 of Algorithm 1. `priors` may be null: zeros.
+void ivon_update(int64_t count, const int64_t* sizes, float* const* means, const float* const* grads,
+                 const float* const* curvatures, void* const* momenta, float* const* hesses,
+                 const float* const* priors, const Options* options, int narrow_momentum, int threads) {
+    auto run = narrow_momentum ? update<uint16_t> : update<float>;
+    run(count, sizes, means, grads, curvatures, momenta, hesses, priors, *options, threads);
+}
+
+}  // extern "C"

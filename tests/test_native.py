@@ -1,0 +1,169 @@
+"""The passes in C++: equal to those in Python for every size and value, and built wherever there is a compiler."""
+
+import ctypes
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_ivon import execution, native, passes, philox
+from hf_ivon.execution import Execution
+from hf_ivon.native import Native
+from hf_ivon.passes import UpdateOptions
+
+OPTIONS = UpdateOptions(100.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True, False)
+# A vector has up to 16 elements, and noise four lanes: all remainders, and sizes that several threads share.
+SIZES = [*range(1, 150), 2**15, 2**16 + 1, 2**17 + 37]
+EAGER = Execution(foreach=False, fused=False)
+
+
+@pytest.fixture(scope="module")
+def run():
+    """The passes in C++; the tests here need a compiler, as those of `torch.compile` do."""
+    return Native()
+
+
+def numbers(size, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(size, generator=generator) + 0.1 for _ in range(count)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_size_is_sampled_to_its_end_and_no_further(run, threads, monkeypatch):
+    """The last elements of a tensor, or of a thread's share, would keep the mean, or the neighbours be overwritten."""
+    monkeypatch.setattr(native, "_threads", lambda elements: threads)
+    for size in SIZES:
+        # Other numbers on both sides, which must stay.
+        around = [torch.full((size + 40,), -7.0) for _ in range(2)]
+        theta, mean = (t[20 : 20 + size] for t in around)
+        before, hess = numbers(size, 2)
+        theta.copy_(before)
+        words = philox.noise_words((size,), 5)
+        run.sample(theta, run.prepare(theta, mean, hess), words, 100.0, 1e-3)
+        expected = before.clone()
+        EAGER.sample(expected, torch.empty_like(before), hess, words, ess=100.0, weight_decay=1e-3)
+        assert torch.equal(mean, before)
+        torch.testing.assert_close(theta, expected, rtol=1e-6, atol=1e-6)
+        assert all((t[:20] == -7).all() and (t[20 + size :] == -7).all() for t in around)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("squared", [False, True])
+def test_products_of_every_size(run, threads, squared, monkeypatch):
+    """As above: what the gradient says of the last weights would be lost."""
+    monkeypatch.setattr(native, "_threads", lambda elements: threads)
+    for size in SIZES:
+        theta, mean, grad, total = numbers(size, 4)
+        t, m, s = theta.clone(), mean.clone(), total.clone()
+        if squared:
+            run.square(total, grad, 0.5, True)
+            passes.square(s, grad, 0.5, True)
+        else:
+            run.add_product(total, theta, mean, grad, 0.5)
+            passes.add_product(s, t, m, grad, 0.5)
+        torch.testing.assert_close(total, s)
+        run.take_product(theta, mean, grad, 0.5, squared)
+        passes.take_product(t, m, grad, 0.5, squared)
+        assert torch.equal(theta, t)
+        torch.testing.assert_close(mean, m)
+
+
+@pytest.mark.parametrize("momentum", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize(("price", "average"), [(True, False), (False, True), (False, False)])
+def test_updates_of_every_size(run, momentum, prior, price, average):
+    """All estimators, priors and precisions; a step that is wrong for some is training gone wrong without a word."""
+    for size in [*range(1, 40), 2**15 + 3]:
+        mean, grad, curvature, average_grad, hess, prior_mean = numbers(size, 6)
+        tensors = [mean, grad, curvature - 0.5, average_grad.to(momentum), hess]
+        expected = [t.clone() for t in tensors]
+        options = OPTIONS._replace(price=price, average=average, divisor=3.0, clip_radius=0.5)
+        run.update(tensors, prior_mean if prior else None, options)
+        passes.update(*expected, prior_mean if prior else None, *options)
+        for got, want in zip(tensors, expected, strict=True):
+            bf16 = got.dtype == torch.bfloat16  # a last bit may be rounded the other way
+            torch.testing.assert_close(got, want, rtol=8e-3 if bf16 else 2e-6, atol=1e-6)
+
+
+def test_values_at_the_ends_of_the_range_come_out_as_in_python(run):
+    """A NaN that a pass swallows hides a broken run; an infinity that becomes NaN breaks a good one."""
+    # No two that overflow by a sum: there a fused multiplication and addition goes further.
+    special = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-38, 1e30, -1e30, 1e-45, 1.0]
+    a, b = (t.flatten() for t in torch.meshgrid(torch.tensor(special), torch.tensor(special), indexing="ij"))
+    hess = torch.full_like(a, 0.1)
+    for changed in range(3):
+        for clip_radius in (1e-3, sys.float_info.max):
+            tensors = [a.clone() if i == changed else torch.full_like(a, 0.5) for i in range(3)]
+            tensors += [b.clone(), hess.clone()]
+            expected = [t.clone() for t in tensors]
+            options = OPTIONS._replace(clip_radius=clip_radius)
+            run.update(tensors, None, options)
+            passes.update(*expected, None, *options)
+            for got, want in zip(tensors, expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-30, equal_nan=True)
+    for hess in (torch.tensor(special).clamp_min(0), torch.full((9,), 3e38), torch.full((9,), 1e-30)):
+        theta, mean = torch.ones_like(hess), torch.empty_like(hess)
+        expected, words = theta.clone(), philox.noise_words((1,), 1)
+        run.sample(theta, run.prepare(theta, mean, hess), words, 1e6, 0.0)
+        EAGER.sample(expected, mean, hess, words, ess=1e6, weight_decay=0.0)
+        torch.testing.assert_close(theta, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_bf16_is_rounded_as_torch_does(run):
+    """A momentum that is cut off instead of rounded drifts to zero."""
+    words = torch.randint(-(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    grad = words.view(torch.float32)
+    momentum = torch.zeros(grad.shape, dtype=torch.bfloat16)
+    tensors = [torch.zeros_like(grad), grad, torch.zeros_like(grad), momentum, torch.ones_like(grad)]
+    run.update(tensors, None, OPTIONS._replace(beta1=0.0))
+    assert torch.equal(momentum.isnan(), grad.isnan())
+    finite = ~grad.isnan()
+    assert torch.equal(momentum[finite], grad.bfloat16()[finite])
+
+
+def test_several_processes_have_one_library(tmp_path, monkeypatch):
+    """Each rank of each run would spend a second on what is there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.build()
+    [built] = (tmp_path / "hf_ivon").iterdir()
+    before = built.stat().st_mtime_ns
+    native.build()
+    assert [built] == list((tmp_path / "hf_ivon").iterdir())
+    assert built.stat().st_mtime_ns == before
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path, monkeypatch):
+    """Homes of containers are often read-only, or missing."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert isinstance(native.build(), ctypes.CDLL)
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
+    """Why training is slower than it could be must be found in the log."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho note >&2\necho 'fatal error: omp.h: No such file' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(OSError, match="omp.h: No such file"):
+        native.build()
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(OSError, match="no C\\+\\+ compiler found"):
+        native.build()
+
+
+@pytest.mark.parametrize("processor", ["native", "x86-64-v3", "x86-64"])
+def test_processors_of_other_widths_draw_the_same(processor, monkeypatch, tmp_path):
+    """A run that is resumed on an older machine must go on with the same noise."""
+    flags = [flag if flag != "-march=native" else f"-march={processor}" for flag in native._FLAGS]
+    probe = subprocess.run(["g++", *flags, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=False)
+    if probe.returncode:
+        pytest.skip(f"the compiler does not know {processor}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_FLAGS", flags)
+    assert execution._checked(Native(), "cpu")
