@@ -79,7 +79,6 @@ class GradientCapture:
         reference = weakref.ref(self)
         new = [p for p in params if p not in self._hooked]
         self._groups.watch(new)
-        self._sharded += [p for p in new if distributed.is_sharded(p)]
         for p in new:
 
             def on_gradient(grad: Tensor, p: Tensor = p) -> Tensor | None:
@@ -91,11 +90,20 @@ class GradientCapture:
                 if capture is not None:
                     capture._on_accumulated(p)
 
+            def on_reduced(p: Tensor) -> None:
+                capture = reference()
+                if capture is not None:
+                    capture._on_reduced(p)
+
             self._hooked.add(p)
             if p.grad is not None and p.grad.any():  # from before the hooks; asked once per parameter
                 self._at_mean.add(p)
-            self._handles.append(p.register_hook(on_gradient))
-            self._handles.append(p.register_post_accumulate_grad_hook(on_accumulated))
+            if distributed.is_sharded(p):  # its gradient is of use only after its reduction
+                self._sharded.append(p)
+                self._handles.append(p.register_post_accumulate_grad_hook(on_reduced))
+            else:
+                self._handles.append(p.register_hook(on_gradient))
+                self._handles.append(p.register_post_accumulate_grad_hook(on_accumulated))
 
     # ------------------------------------------------------------------ contexts
 
@@ -120,7 +128,8 @@ class GradientCapture:
         inverse_scale = 1.0 if grad_scale is None else 1.0 / grad_scale
         # Sharded gradients are seen when they were added to; what they were added to must be known from before.
         stale = {p: p.grad for p in self._sharded if self._stale.is_there(p)}
-        self._context = Context(weight, inverse_scale, before, stale)
+        may_wait = self._late and self.contexts == 0 and distributed.world_size() == 1
+        self._context = Context(weight, inverse_scale, before, stale, may_wait)
         self.entered += 1
         return dropped
 
@@ -269,39 +278,31 @@ class GradientCapture:
 
     def _on_gradient(self, p: Tensor, grad: Tensor) -> Tensor | None:
         context = self._context
-        if context is None or p not in self._means or distributed.is_sharded(p):
+        if context is None or p not in self._means:
             return None
         if grad.is_sparse:
-            raise RuntimeError(
-                "IVON needs dense gradients, got a sparse one. Build the embedding with `sparse=False`."
-            )
+            raise RuntimeError(windows.SPARSE)
         if p not in context.seen:
             context.seen.add(p)
             self._check_first(context, p)
-        if self._may_wait(context, p):
+        if context.may_wait and p not in context.before and p not in self._sampler.written:
             context.late[p] = (0, 0)
         elif not self.squared:
             self._add_noise_grad(context, p, grad)
         return None if context.weight == 1.0 else grad * context.weight
 
-    def _on_accumulated(self, p: Tensor) -> None:
+    def _on_accumulated(self, p: Tensor) -> Context | None:
+        """Note that a backward pass has reached `p.grad`; returns the training context that it was in."""
         context = self._context
-        of_group = self._groups.take(p) if replicas.is_replicated(p) else None
         if context is None or p not in self._means:
             self._at_mean.add(p)
-            return
+            return None
         context.accumulated.add(p)
         if p in context.late and p.grad is not None:
             context.late[p] = (id(p.grad), p.grad._version)
-        if distributed.is_sharded(p):
-            self._on_reduced(context, p, of_group)
+        return context
 
-    def _may_wait(self, context: Context, p: Tensor) -> bool:
-        """Tell whether `p.grad` will be this context's own gradient, so that the product can be taken at its end."""
-        alone = self.contexts == 0 and p not in context.before and distributed.world_size() == 1
-        return self._late and alone and p not in self._sampler.written
-
-    def _on_reduced(self, context: Context, p: Tensor, of_group: Tensor | None) -> None:
+    def _on_reduced(self, p: Tensor) -> None:
         """Take in a sharded gradient, which is seen only after its reduction, and in the last micro-batch only.
 
         All of the window's micro-batches had the same sample, so that its whole gradient goes with that noise: what
@@ -310,6 +311,10 @@ class GradientCapture:
         Raises:
             RuntimeError: If contexts are weighted or averaged, or an earlier step's gradient is still there.
         """
+        of_group = self._groups.take(p) if replicas.is_replicated(p) else None
+        context = self._on_accumulated(p)
+        if context is None:
+            return
         context.seen.add(p)
         if context.weight != 1.0 or context.zeroed:
             raise RuntimeError(windows.SHARDED_SAMPLES)

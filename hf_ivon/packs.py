@@ -186,8 +186,14 @@ class Pack:
 
     def plain(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return tensors in the parameters' dtype, contiguous, on their device; copies of those that are not."""
-        device = self._device
-        return [None if t is None else t.to(device, torch.float32).contiguous() for t in tensors]
+        device, dtype = self._device.type, torch.float32
+        return [
+            t if t is None or (t.dtype is dtype and t.device.type == device and t.is_contiguous()) else self._plain(t)
+            for t in tensors
+        ]
+
+    def _plain(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, torch.float32).contiguous()
 
     def read(self, name: str) -> Tensor:
         """Copy the parameters into a buffer; returns the buffer."""

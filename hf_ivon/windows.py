@@ -34,6 +34,7 @@ AUTOGRAD_GRAD = (
     "`torch.autograd.grad` with respect to parameters was called inside `sampled_params(train=True)`; its gradients "
     "cannot be told from those of the training loss. Call `loss.backward()` here, and `torch.autograd.grad` outside."
 )
+SPARSE = "IVON needs dense gradients, got a sparse one. Build the embedding with `sparse=False`."
 CHANGED = (
     "Gradients were changed inside `sampled_params(train=True)` after the backward pass, and the Hessian of this step "
     "is of the changed ones. From now on they are read in the backward pass, which takes one more buffer of the "
@@ -61,13 +62,15 @@ CLOSURE = (
 class Context:
     """One training context: which parameters got a gradient, and what `p.grad` was before it.
 
-    For parameters whose product is taken when the context ends, `late` has their gradient as backward left it.
+    Where a context may be the only one of its window, `p.grad` will be its own gradient, and the product with the
+    noise may wait for its end: `late` has the gradients of such parameters as backward left them.
     """
 
     weight: float
     inverse_scale: float | Tensor
     before: dict[Tensor, tuple[Tensor, int]]
     stale: dict[Tensor, Tensor | None]
+    may_wait: bool
     zeroed: bool = False
     seen: set[Tensor] = field(default_factory=set)
     accumulated: set[Tensor] = field(default_factory=set)

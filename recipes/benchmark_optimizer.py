@@ -105,10 +105,24 @@ def timed(work: Callable[[], object], device: str) -> float:
 
 
 class OptimizerOnly:
-    """The optimizer's own work in a step: gradients are given, and written as a backward pass would."""
+    """The optimizer's own work in a step: gradients are given, and written as a backward pass would.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter], contexts: int) -> None:
-        self.optimizer, self.params, self.contexts = optimizer, params, contexts
+    Args:
+        optimizer: Of the parameters.
+        params: The parameters.
+        contexts: Micro-batches of a step.
+        twins: Parameters alike, of no optimizer. By how much the backward pass takes longer with the optimizer's hooks
+            than with these counts as its work too.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        params: list[nn.Parameter],
+        contexts: int,
+        twins: list[nn.Parameter] | None = None,
+    ) -> None:
+        self.optimizer, self.params, self.contexts, self.twins = optimizer, params, contexts, twins
         self.grads = [torch.full_like(p, 1e-3) for p in params]
         self.sampled = hasattr(optimizer, "sampled_params")
 
@@ -116,21 +130,23 @@ class OptimizerOnly:
         """Run one step; returns its seconds without those of the stand-in for the backward pass."""
         device = self.params[0].device.type
         seconds = 0.0
-        for p in self.params:
+        for p in [*self.params, *(self.twins or [])]:
             p.grad = None
         for _ in range(self.contexts):
             if not self.sampled:
-                self.backward()
+                self.backward(self.params)
                 continue
             context = self.optimizer.sampled_params(train=True)  # type: ignore[attr-defined]
             seconds += timed(context.__enter__, device)
-            self.backward()
+            hooked = timed(lambda: self.backward(self.params), device)
+            if self.twins is not None:
+                seconds += hooked - timed(lambda: self.backward(self.twins), device)
             seconds += timed(lambda context=context: context.__exit__(None, None, None), device)
         return seconds + timed(self.optimizer.step, device)
 
-    def backward(self) -> None:
+    def backward(self, params: list[nn.Parameter]) -> None:
         """Give each parameter its gradient through autograd, so that hooks see it."""
-        torch.autograd.backward(self.params, self.grads)
+        torch.autograd.backward(params, self.grads)
 
 
 class WholeStep:
@@ -213,7 +229,7 @@ def memory(model: str, optimizer: str, contexts: int) -> float:
 def _resident(model: str, optimizer: str, contexts: int) -> int:
     params = parameters(SHAPES[model](), "cpu")
     step = OptimizerOnly(optimizers([optimizer])[optimizer](params), params, contexts)
-    step.backward()
+    step.backward(params)
     before = _status("VmRSS")
     for number in range(3):
         if number == 1:  # the first step compiles; what it takes for that is not the optimizer's
@@ -238,8 +254,8 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[dict]:
             trained = make([p for p in model.parameters() if p.requires_grad])
             steps[optimizer_name] = WholeStep(trained, model, options.contexts, options)
         else:
-            params = parameters(SHAPES[name](), device)
-            steps[optimizer_name] = OptimizerOnly(make(params), params, options.contexts)
+            params, twins = parameters(SHAPES[name](), device), parameters(SHAPES[name](), device)
+            steps[optimizer_name] = OptimizerOnly(make(params), params, options.contexts, twins)
         first[optimizer_name] = timed(steps[optimizer_name].run, device)
         steps[optimizer_name].run()
     seconds: dict[str, list[float]] = {key: [] for key in steps}
