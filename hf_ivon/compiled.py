@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,13 @@ from torch import Tensor
 from hf_ivon import passes
 from hf_ivon.packs import MAX_ELEMENTS
 from hf_ivon.passes import UpdateOptions
+
+logger = logging.getLogger(__name__)
+
+NOT_COMPILED = (
+    "IVON's passes over the weights could not be compiled (%s). They run eagerly instead: the same numbers, more "
+    "slowly. Install a C++ compiler such as g++, or pass `fused=False` to be silent."
+)
 
 # The four lanes of a parameter, of its mean and of its Hessian.
 Lanes = tuple[list[Tensor], ...]
@@ -23,10 +31,12 @@ class Compiled:
 
     Attributes:
         smallest: Number of elements below which a pass costs more to call than it saves.
-        failure: What went wrong, None if nothing did.
+        narrow: Dtypes of weights, and of their gradients, whose means are kept apart in fp32.
+        failed: Whether something went wrong, which is said once.
     """
 
     smallest = MAX_ELEMENTS
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self) -> None:
         functions: dict[str, Callable[..., None]] = {
@@ -38,15 +48,17 @@ class Compiled:
             "update": passes.update,
         }
         self._functions = {name: compile_pass(f) for name, f in functions.items()}
-        self.failure: Exception | None = None
+        self.failed = False
 
     def prepare(self, theta: Tensor, mean: Tensor, hess: Tensor) -> Lanes | None:
         """Return what `sample` works on; None if it cannot, as it has a loop for all four lanes."""
         return None if theta.numel() % 4 else tuple(apart(t) for t in (theta, mean, hess))
 
-    def sample(self, theta: Tensor, prepared: Lanes, words: Tensor, ess: float, weight_decay: float) -> bool:
+    def sample(
+        self, theta: Tensor, prepared: Lanes, words: Tensor, ess: float, weight_decay: float, keep: bool = True
+    ) -> bool:
         """Run the first pass on a whole tensor; see `Execution.sample_whole`."""
-        done = self._call("sample", *prepared, words.to(theta.device, non_blocking=True), ess, weight_decay)
+        done = self._call("sample", *prepared, words.to(theta.device, non_blocking=True), ess, weight_decay, keep)
         if done:
             torch.autograd.graph.increment_version(theta)
         return done
@@ -79,13 +91,15 @@ class Compiled:
         return done
 
     def _call(self, name: str, *args: Any) -> bool:
-        if self.failure is not None:
+        if self.failed:
             return False
         args = tuple(float(a) if type(a) is int else a for a in args)  # whose value would be compiled in
         try:
             self._functions[name](*args)
         except Exception as error:  # of any kind: compilers are not part of torch
-            self.failure = error
+            self.failed = True
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            logger.warning(NOT_COMPILED, reason)
             return False
         return True
 
@@ -101,11 +115,17 @@ def compile_pass(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def sample_whole(
-    thetas: list[Tensor], means: list[Tensor], hesses: list[Tensor], words: Tensor, ess: float, weight_decay: float
+    thetas: list[Tensor],
+    means: list[Tensor],
+    hesses: list[Tensor],
+    words: Tensor,
+    ess: float,
+    weight_decay: float,
+    keep: bool,
 ) -> None:
     """Run `passes.sample_lanes` on the four lanes of a whole tensor, whose size is a multiple of four."""
     columns = torch.arange(hesses[0].shape[0], device=hesses[0].device)
-    passes.sample_lanes(thetas, means, hesses, columns, words, ess, weight_decay)
+    passes.sample_lanes(thetas, means, hesses, columns, words, ess, weight_decay, keep)
 
 
 def lanes(tensor: Tensor) -> list[Tensor]:

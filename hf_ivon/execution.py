@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_ivon import passes
-from hf_ivon.compiled import Compiled, apart, lanes
+from hf_ivon.compiled import NOT_COMPILED, Compiled, apart, lanes
 from hf_ivon.functional import cache_sized, sample
 from hf_ivon.native import Native
 from hf_ivon.packs import Pack
@@ -44,12 +44,16 @@ class Execution:
         if self._fused is None:
             self._fused = num_weights >= _MIN_MODEL
 
-    def _fused_passes(self, *tensors: Tensor) -> Native | Compiled | None:
+    def _fused_passes(self, *tensors: Tensor, narrow: tuple[Tensor, ...] = ()) -> Native | Compiled | None:
+        """Return the fused passes, if they are for such tensors: fp32, or `narrow` ones of one narrower dtype."""
         first = tensors[0]
         if not self._fused or not all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
             return None
         run = fused_passes(first.device.type)
-        return None if run is None or first.numel() < run.smallest else run
+        if run is None or first.numel() < run.smallest:
+            return None
+        of_one = all(t.dtype == narrow[0].dtype and t.is_contiguous() for t in narrow)
+        return run if not narrow or (of_one and narrow[0].dtype in run.narrow) else None
 
     def native(self, pack: Pack) -> Native | None:
         """Return what works on the parameters of a pack where they are; None if they are to be copied together."""
@@ -108,6 +112,12 @@ class Execution:
             total: Number of elements of the whole; None is those of `theta`.
         """
         total = theta.numel() if total is None else total
+        # A fused pass counts the noise from the tensor's beginning, which a shard does not have.
+        run = self._fused_passes(mean, hess, narrow=(theta,)) if theta.numel() == total else None
+        if run is not None:
+            prepared: Any = run.prepare(theta, mean, hess)
+            if prepared is not None and run.sample(theta, prepared, words, ess, weight_decay, keep=False):
+                return
         words = words.to(theta.device, non_blocking=True)
         if theta.dtype == mean.dtype and theta.numel() == total and theta.is_contiguous() and hess.is_contiguous():
             of_each = [lanes(t) for t in (theta, mean, hess)]
@@ -156,7 +166,7 @@ class Execution:
     def add_product(self, total: Tensor, theta: Tensor, mean: Tensor, grad: Tensor, factor: float | Tensor) -> None:
         """Run `passes.add_product` on tensors of any size; the factor may be a 0-dim tensor."""
         if isinstance(factor, float):
-            run = self._fused_passes(total, theta, mean, grad)
+            run = self._fused_passes(total, mean, narrow=(theta, grad))
             if run is not None and run.add_product(total, theta, mean, grad, factor):
                 return
         for s, t, m, g in cache_sized(total, theta, mean, grad):
@@ -200,7 +210,7 @@ def fused_passes(device_type: str) -> Native | Compiled | None:
     """
     with _lock:
         run = _make_and_check(device_type)
-    return None if isinstance(run, Compiled) and run.failure is not None else run
+    return None if isinstance(run, Compiled) and run.failed else run
 
 
 @functools.cache
@@ -213,13 +223,8 @@ def _make_and_check(device_type: str) -> Native | Compiled | None:
             logger.info("The passes in C++ cannot be used (%s). `torch.compile` makes others.", error)
     try:
         return _checked(Compiled(), device_type)
-    except Exception as error:  # of any kind: compilers are not part of torch
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        logger.warning(
-            "IVON's passes over the weights could not be compiled (%s). They run eagerly instead: the same numbers, "
-            "more slowly. Install a C++ compiler such as g++, or pass `fused=False` to be silent.",
-            reason,
-        )
+    except ArithmeticError as error:
+        logger.warning(NOT_COMPILED, error)
         return None
 
 
@@ -253,14 +258,13 @@ def _checked(run: Native | Compiled, device_type: str) -> Native | Compiled:
             run.update([theta, grad, mean, momentum, hess], None, options),
         ]
         if isinstance(run, Compiled):
-            columns = torch.arange(size // 4, device=device_type)
-            drawn = torch.empty_like(start)
+            columns, drawn = torch.arange(size // 4, device=device_type), torch.empty_like(start)
             ran.append(run.draw_lanes(apart(drawn), columns, columns // 8, words.to(device_type)))
             passes.draw_lanes(lanes(start), columns, columns // 8, words.to(device_type))
             tensors.append(drawn)
             expected.append(start)
-            if not all(ran) and run.failure is not None:
-                raise run.failure
+        if not all(ran):
+            return run  # it has said why, and is not used
         if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(tensors, expected, strict=True)):
             raise ArithmeticError("the compiled passes give other numbers than the eager ones")
     return run

@@ -47,22 +47,24 @@ class Native:
 
     Attributes:
         smallest: Number of elements below which a pass costs more to call than it saves.
+        narrow: Dtypes of weights, and of their gradients, whose means are kept apart in fp32.
 
     Raises:
         OSError: If the library cannot be built or loaded.
     """
 
     smallest = 1
+    narrow = (torch.float32, torch.bfloat16)
 
     def __init__(self) -> None:
         library = build()
         number, factor, pointer, flag = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
         self._sample = library.ivon_sample
-        self._sample.argtypes = [number, *[pointer] * 6, factor, factor, flag]
+        self._sample.argtypes = [number, *[pointer] * 6, factor, factor, flag, flag, flag]
         self._take_product = library.ivon_take_product
         self._take_product.argtypes = [number, *[pointer] * 4, factor, flag, flag]
         self._add_product = library.ivon_add_product
-        self._add_product.argtypes = [number, *[pointer] * 5, factor, flag]
+        self._add_product.argtypes = [number, *[pointer] * 5, factor, flag, flag]
         self._square = library.ivon_square
         self._square.argtypes = [number, *[pointer] * 3, factor, flag, flag]
         self._update = library.ivon_update
@@ -72,11 +74,14 @@ class Native:
         """Return what `sample` works on."""
         return _sizes(theta), *(addresses_of([t]) for t in (theta, mean, hess))
 
-    def sample(self, theta: Tensor, prepared: Prepared, words: Tensor, ess: float, weight_decay: float) -> bool:
+    def sample(
+        self, theta: Tensor, prepared: Prepared, words: Tensor, ess: float, weight_decay: float, keep: bool = True
+    ) -> bool:
         """Run the first pass on a whole tensor; see `Execution.sample_whole`."""
         k0, k1, index, c2, c3 = words.tolist()
         words_, indices = (ctypes.c_uint32 * 4)(k0, k1, c2, c3), (ctypes.c_uint32 * 1)(index)
-        self._sample(1, *prepared, indices, words_, ess, weight_decay, _threads(theta.numel()))
+        narrow, threads = theta.dtype == torch.bfloat16, _threads(theta.numel())
+        self._sample(1, *prepared, indices, words_, ess, weight_decay, keep, narrow, threads)
         torch.autograd.graph.increment_version(theta)
         return True
 
@@ -86,7 +91,7 @@ class Native:
         places = [pack.addresses(name) for name in ("params", "mean", "hess")]
         key = (ctypes.c_uint32 * 4)(k0, k1, c2, c3)
         count, threads = len(pack.params), _threads(pack.starts[-1])
-        self._sample(count, pack.sizes, *places, pack.numbers, key, ess, weight_decay, threads)
+        self._sample(count, pack.sizes, *places, pack.numbers, key, ess, weight_decay, True, False, threads)
         torch.autograd.graph.increment_version(pack.weights)
 
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> bool:
@@ -104,9 +109,10 @@ class Native:
         torch.autograd.graph.increment_version(pack.weights)
 
     def add_product(self, total: Tensor, theta: Tensor, mean: Tensor, grad: Tensor, factor: float) -> bool:
-        """Run `passes.add_product`."""
+        """Run `passes.add_product`; weights and gradient are of one dtype."""
         places = (addresses_of([t]) for t in (total, theta, mean, grad))
-        self._add_product(1, _sizes(theta), *places, factor, _threads(theta.numel()))
+        narrow, threads = theta.dtype == torch.bfloat16, _threads(theta.numel())
+        self._add_product(1, _sizes(theta), *places, factor, narrow, threads)
         return True
 
     def square(self, total: Tensor, grad: Tensor, factor: float, keep: bool) -> bool:

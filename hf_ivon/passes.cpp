@@ -217,22 +217,22 @@ void share_vectors(int64_t count, int threads, const int64_t* sizes, Work work) 
 
 }  // namespace
 
-extern "C" {
-
 // ---------------------------------------------------------------------- the passes
 
-// Keeps what `thetas` hold in `means`, and puts a weight sample in its place.
-void ivon_sample(int64_t count, const int64_t* sizes, float* const* thetas, float* const* means,
-                 const float* const* hesses, const uint32_t* indices, const uint32_t* words, float ess,
-                 float weight_decay, int threads) {
-    const Key key(words);
+namespace {
+
+template <class Weight>
+void sample(int64_t count, const int64_t* sizes, void* const* thetas, float* const* means, const float* const* hesses,
+            const uint32_t* indices, const Key& key, float ess, float weight_decay, int keep, int threads) {
     share(count, threads, [=](int64_t i) { return (sizes[i] + 3) / 4; }, [=, &key](int64_t i, int64_t from, int64_t to) {
         const int64_t width = (sizes[i] + 3) / 4;
-        auto work = [=, &key](int64_t column, int lane, Floats draw, auto number) {
+        Weight* theta = static_cast<Weight*>(thetas[i]);
+        auto work = [=](int64_t column, int lane, Floats draw, auto number) {
             int64_t at = lane * width + column;
-            Floats mean = load(thetas[i] + at, number), hess = load(hesses[i] + at, number);
-            store(means[i] + at, mean, number);
-            store(thetas[i] + at, mean + reciprocal_root((hess + weight_decay) * ess) * draw, number);
+            Floats mean = keep ? load(theta + at, number) : load(means[i] + at, number);
+            if (keep) store(means[i] + at, mean, number);
+            Floats std = reciprocal_root((load(hesses[i] + at, number) + weight_decay) * ess);
+            store(theta + at, mean + std * draw, number);
         };
         for (int64_t column = from; column < to; column += W) {
             Floats draws[4];
@@ -246,6 +246,30 @@ void ivon_sample(int64_t count, const int64_t* sizes, float* const* thetas, floa
                 }
         }
     });
+}
+
+template <class Weight>
+void add_product(int64_t count, const int64_t* sizes, float* const* totals, void* const* thetas,
+                 const float* const* means, void* const* grads, float factor, int threads) {
+    share_vectors(count, threads, sizes, [=](int64_t i, int64_t at, auto number) {
+        const Weight *theta = static_cast<Weight*>(thetas[i]), *grad = static_cast<Weight*>(grads[i]);
+        Floats noise = load(theta + at, number) - load(means[i] + at, number);
+        Floats product = noise * load(grad + at, number) * factor;
+        store(totals[i] + at, load(totals[i] + at, number) + product, number);
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+// Puts a weight sample into `thetas`. If `keep`, these hold the mean, which goes into `means`; else it is there.
+void ivon_sample(int64_t count, const int64_t* sizes, void* const* thetas, float* const* means,
+                 const float* const* hesses, const uint32_t* indices, const uint32_t* words, float ess,
+                 float weight_decay, int keep, int narrow, int threads) {
+    const Key key(words);
+    auto run = narrow ? sample<uint16_t> : sample<float>;
+    run(count, sizes, thetas, means, hesses, indices, key, ess, weight_decay, keep, threads);
 }
 
 // Puts `means` back into `thetas`, and leaves gradient times noise, or the squared gradient, where they were; zeros
@@ -264,13 +288,10 @@ void ivon_take_product(int64_t count, const int64_t* sizes, float* const* thetas
 }
 
 // Adds gradient times noise to `totals`.
-void ivon_add_product(int64_t count, const int64_t* sizes, float* const* totals, const float* const* thetas,
-                      const float* const* means, const float* const* grads, float factor, int threads) {
-    share_vectors(count, threads, sizes, [=](int64_t i, int64_t at, auto number) {
-        Floats noise = load(thetas[i] + at, number) - load(means[i] + at, number);
-        Floats product = noise * load(grads[i] + at, number) * factor;
-        store(totals[i] + at, load(totals[i] + at, number) + product, number);
-    });
+void ivon_add_product(int64_t count, const int64_t* sizes, float* const* totals, void* const* thetas,
+                      const float* const* means, void* const* grads, float factor, int narrow, int threads) {
+    auto run = narrow ? add_product<uint16_t> : add_product<float>;
+    run(count, sizes, totals, thetas, means, grads, factor, threads);
 }
 
 // Puts the squares of the gradients into `totals`, or adds them to what is there.

@@ -38,22 +38,25 @@ def sample_lanes(
     words: Tensor,
     ess: float,
     weight_decay: float,
+    keep: bool = True,
 ) -> None:
     """Keep the mean and put a weight sample in its place.
 
     Args:
         thetas: The four lanes of a tensor that holds its mean, or the same range of columns of each: 1-D, the last
             ones shorter, or missing, if the tensor's size is no multiple of four. Written to.
-        means: Where the mean goes; shapes of `thetas`. Written to.
+        means: Where the mean goes; shapes of `thetas`. Written to, if `keep` says so.
         hesses: Hessian estimates, shapes of `thetas`.
         columns: Column numbers of the range, int64, (W,).
         words: What the noise is a function of, see `hf_ivon.philox.normal_lanes`.
         ess: λ, number of examples.
         weight_decay: δ, loss/param².
+        keep: Copy what `thetas` hold into `means`; else it is there, and `thetas` may be of a narrower dtype.
     """
     noise = normal_lanes(columns, words)
     for theta, mean, hess, eps in zip(thetas, means, hesses, noise, strict=False):
-        mean.copy_(theta)
+        if keep:
+            mean.copy_(theta)
         if eps.shape != theta.shape:
             eps = eps[: theta.shape[0]]
         theta.copy_(functional.sample(mean, hess, eps, ess=ess, weight_decay=weight_decay))

@@ -50,6 +50,22 @@ def test_every_size_is_sampled_to_its_end_and_no_further(run, threads, monkeypat
         assert all((t[:20] == -7).all() and (t[20 + size :] == -7).all() for t in around)
 
 
+def test_weights_in_bf16_have_their_means_apart(run):
+    """Most models are trained in bf16; their noise would be drawn in tensor operations, thirty times as slowly."""
+    for size in SIZES:
+        mean, hess, total = numbers(size, 3)
+        theta, before, words = torch.empty(size, dtype=torch.bfloat16), mean.clone(), philox.noise_words((size,), 5)
+        run.sample(theta, run.prepare(theta, mean, hess), words, 100.0, 1e-3, keep=False)
+        expected = mean.clone()
+        EAGER.sample(expected, torch.empty_like(mean), hess, words, ess=100.0, weight_decay=1e-3)
+        assert torch.equal(mean, before)
+        torch.testing.assert_close(theta.float(), expected, rtol=2**-8, atol=1e-6)  # half of a last bit
+        got, grad = total.clone(), hess.bfloat16()
+        run.add_product(got, theta, mean, grad, 0.5)
+        passes.add_product(total, theta, mean, grad, 0.5)
+        torch.testing.assert_close(got, total)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("squared", [False, True])
 def test_products_of_every_size(run, threads, squared, monkeypatch):
