@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # costs little beside what it does, and has work for two threads. On an accelerator they are small beside a tensor.
 _COLUMNS, _ACCELERATOR_COLUMNS = 2**16, 2**22
 # A model with fewer trainable weights is trained before the compiler is done.
-_MIN_MODEL = 2**22
+_MIN_MODEL = 2**20
 
 
 class Execution:
@@ -32,7 +32,7 @@ class Execution:
 
     Args:
         foreach: Small tensors are worked on together, in packs; None does so.
-        fused: Passes are compiled; None does so for models of more than 4 million trainable weights.
+        fused: Each pass is one loop; None does so for models of more than a million trainable weights.
     """
 
     def __init__(self, foreach: bool | None, fused: bool | None) -> None:

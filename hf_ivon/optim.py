@@ -68,8 +68,8 @@ class IVON(torch.optim.Optimizer):
         momentum_dtype: ``"float32"``, or ``"bfloat16"`` to halve the gradient average; small tensors keep fp32.
         seed: Seed of the weight noise, which has a generator of its own, in [0, 2**63).
         foreach: Work on small tensors together; None does so.
-        fused: Run the passes over memory compiled; None does so for models of more than 4 million trainable weights.
-            Without a compiler they run eagerly, which is slower.
+        fused: Run each pass over memory as one compiled loop; None does so for models of more than a million trainable
+            weights. Without a compiler they run eagerly, which is slower.
 
     Raises:
         ValueError: If an option is out of range.

@@ -45,24 +45,35 @@ Target bits(Source source) {
     return target;
 }
 
+// Bytes that the passes have read and written: a test counts them, since they are what a pass costs.
+#ifdef IVON_COUNT_BYTES
+extern "C" int64_t ivon_bytes;
+void count(int64_t bytes) { ivon_bytes += bytes; }
+#else
+void count(int64_t) {}
+#endif
+
 // How many elements of a vector are meant: all, which the compiler knows, or the last ones of a tensor.
 using All = std::integral_constant<int64_t, W>;
 
 template <class Number>
 Floats load(const float* from, Number number) {
     Floats vector = filled<Floats>(1.0f);  // what is not loaded must not make exceptions
+    count(number * sizeof(float));
     std::memcpy(&vector, from, number * sizeof(float));
     return vector;
 }
 
 template <class Number>
 void store(float* to, Floats vector, Number number) {
+    count(number * sizeof(float));
     std::memcpy(to, &vector, number * sizeof(float));
 }
 
 template <class Number>
 Floats load(const uint16_t* from, Number number) {
     Halves halves{};
+    count(number * sizeof(uint16_t));
     std::memcpy(&halves, from, number * sizeof(uint16_t));
     return bits<Floats>(__builtin_convertvector(halves, Words) << 16);
 }
@@ -74,6 +85,7 @@ void store(uint16_t* to, Floats vector, Number number) {
     Words rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
     Words nan = bits<Words>(vector != vector);
     Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), Halves);
+    count(number * sizeof(uint16_t));
     std::memcpy(to, &halves, number * sizeof(uint16_t));
 }
 
@@ -262,6 +274,10 @@ void add_product(int64_t count, const int64_t* sizes, float* const* totals, void
 }  // namespace
 
 extern "C" {
+
+#ifdef IVON_COUNT_BYTES
+int64_t ivon_bytes = 0;
+#endif
 
 // Puts a weight sample into `thetas`. If `keep`, these hold the mean, which goes into `means`; else it is there.
 void ivon_sample(int64_t count, const int64_t* sizes, void* const* thetas, float* const* means,

@@ -183,3 +183,29 @@ def test_processors_of_other_widths_draw_the_same(processor, monkeypatch, tmp_pa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "_FLAGS", flags)
     assert execution._checked(Native(), "cpu")
+
+
+def test_bytes_that_each_pass_moves(monkeypatch, tmp_path):
+    """Memory is what a pass costs: one more tensor that is read is a tenth of a step, and nobody would see it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-DIVON_COUNT_BYTES"])
+    monkeypatch.setattr(native, "_threads", lambda elements: 1)
+    library, size = native.build(), 4 * 16 * 25
+    monkeypatch.setattr(native, "build", lambda: library)
+    run, counted = Native(), ctypes.c_int64.in_dll(library, "ivon_bytes")
+    mean, grad, curvature, momentum, hess, prior_mean = numbers(size, 6)
+    bf16 = momentum.bfloat16()
+
+    def per_weight(work):
+        counted.value = 0
+        work()
+        return counted.value / size
+
+    sample = {"words": philox.noise_words((1,), 1), "ess": 100.0, "weight_decay": 1e-3}
+    assert per_weight(lambda: run.sample(grad, run.prepare(grad, mean, hess), **sample)) == 16
+    assert per_weight(lambda: run.sample(bf16, run.prepare(bf16, mean, hess), **sample, keep=False)) == 10
+    assert per_weight(lambda: run.take_product(mean, curvature, grad, 1.0, False)) == 20
+    assert per_weight(lambda: run.add_product(curvature, mean, prior_mean, grad, 1.0)) == 20
+    assert per_weight(lambda: run.square(curvature, grad, 1.0, False)) == 8
+    assert per_weight(lambda: run.update([mean, grad, curvature, momentum, hess], None, OPTIONS)) == 32
+    assert per_weight(lambda: run.update([mean, grad, curvature, bf16, hess], prior_mean, OPTIONS)) == 32

@@ -135,7 +135,7 @@ class IVONTrainingArguments(TrainingArguments):
     )
     ivon_fused: bool | None = field(
         default=None,
-        metadata={"help": "Run the optimizer's passes compiled. Default: for more than 4 million trained weights."},
+        metadata={"help": "Run the optimizer's passes compiled. Default: for more than a million trained weights."},
     )
     ivon_eval_num_samples: int = field(
         default=0,
