@@ -47,13 +47,15 @@ class Execution:
     def _fused_passes(self, *tensors: Tensor, narrow: tuple[Tensor, ...] = ()) -> Native | Compiled | None:
         """Return the fused passes, if they are for such tensors: fp32, or `narrow` ones of one narrower dtype."""
         first = tensors[0]
-        if not self._fused or not all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
+        # By address nothing else would notice that a tensor is elsewhere, or has become smaller.
+        if not self._fused or not all(
+            t.device == first.device and t.numel() == first.numel() and t.is_contiguous() for t in (*tensors, *narrow)
+        ):
             return None
         run = fused_passes(first.device.type)
-        if run is None or first.numel() < run.smallest:
+        if run is None or first.numel() < run.smallest or any(t.dtype != torch.float32 for t in tensors):
             return None
-        of_one = all(t.dtype == narrow[0].dtype and t.is_contiguous() for t in narrow)
-        return run if not narrow or (of_one and narrow[0].dtype in run.narrow) else None
+        return run if not narrow or {t.dtype for t in narrow} in [{dtype} for dtype in run.narrow] else None
 
     def native(self, pack: Pack) -> Native | None:
         """Return what works on the parameters of a pack where they are; None if they are to be copied together."""
@@ -193,7 +195,7 @@ class Execution:
     ) -> None:
         """Run `passes.update` on tensors of any size."""
         tensors = [t for t in (mean, grad, curvature, momentum, hess, prior_mean) if t is not None]
-        run = self._fused_passes(*(t for t in tensors if t is not momentum or t.dtype != torch.bfloat16))
+        run = self._fused_passes(*(t for t in tensors if t is not momentum), narrow=(momentum,))
         if run is not None and run.update(tensors[:5], prior_mean, options):
             return
         for m, g, c, average, h, *prior in cache_sized(*tensors):

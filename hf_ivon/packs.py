@@ -47,10 +47,15 @@ class Buffer:
         self.parts = list(flat.split([shape.numel() for shape in shapes]))  # 1-D
         self.views = [part.view(shape) for part, shape in zip(self.parts, shapes, strict=True)]
 
-    @cached_property
+        self._addresses: tuple[int, Any] = (0, None)
+
+    @property
     def addresses(self) -> Any:
-        """Where the parts are in memory."""
-        return addresses_of(self.parts)
+        """Where the parts are in memory, which may have moved: into one that is shared, for example."""
+        start = self.flat.data_ptr()
+        if self._addresses[0] != start:
+            self._addresses = start, addresses_of(self.parts)
+        return self._addresses[1]
 
 
 class PackNoise:
@@ -79,7 +84,7 @@ class PackNoise:
         width = widths.repeat_interleave(sizes)
         order = element // width * total + starts.repeat_interleave(sizes) + element % width
         self.order = order.to(device)
-        self.flat = torch.empty(4 * total, device=device)
+        self.flat = torch.empty(4 * total, dtype=torch.float32, device=device)
         self.lanes = [torch.from_dlpack(lane) for lane in self.flat.split(total)]
 
 
@@ -107,13 +112,13 @@ class Pack:
         self._device = params[0].device
         self._one_dimensional = all(p.dim() == 1 for p in params)
         self._indices = indices
+        self._shapes = [p.shape for p in params]
         self.weights = [p.detach().view(-1) for p in params]
         self._pointers = [p.data_ptr() for p in params]
         counts = [p.numel() for p in params]
         self.starts = [0, *accumulate(counts)]
         self.sizes = (ctypes.c_int64 * len(counts))(*counts)
         self.numbers = (ctypes.c_uint32 * len(counts))(*indices)
-        self._addresses = addresses_of(self.weights)
         self._buffers: dict[str, Buffer] = {}
         self._spare: list[Buffer] = []
         self._move_in(states)
@@ -127,8 +132,8 @@ class Pack:
         if name == "grad":  # gradients are gathered when the noise is not needed any more
             flat = torch.from_dlpack(self.noise.flat[: self.starts[-1]])
         else:
-            flat = torch.empty(self.starts[-1], device=self._device)
-        return Buffer(flat, [p.shape for p in self.params])
+            flat = torch.empty(self.starts[-1], dtype=torch.float32, device=self._device)
+        return Buffer(flat, self._shapes)
 
     def _move_in(self, states: Sequence[MutableMapping[str, Any]]) -> None:
         self._buffers["step"] = Buffer(torch.stack([s["step"].cpu() for s in states]), [torch.Size()] * len(states))
@@ -170,7 +175,7 @@ class Pack:
     def addresses(self, name: str) -> Any:
         """Return where the buffer's parts are in memory, as an array of ctypes; of "params", the parameters'."""
         if name == "params":
-            return self._addresses
+            return addresses_of(self.weights)
         self.flat(name)
         return self._buffers[name].addresses
 
@@ -185,10 +190,20 @@ class Pack:
             self._spare.append(self._buffers.pop(name))
 
     def plain(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return tensors in the parameters' dtype, contiguous, on their device; copies of those that are not."""
-        device, dtype = self._device.type, torch.float32
+        """Return tensors in the parameters' dtype, contiguous, on their device; copies of those that are not.
+
+        Raises:
+            RuntimeError: If one has not the shape of its parameter.
+        """
+        device, dtype = self._device, torch.float32
+        for tensor, shape in zip(tensors, self._shapes, strict=True):
+            if tensor is not None and tensor.shape != shape:
+                raise RuntimeError(
+                    f"A gradient must have its parameter's shape {tuple(shape)}, got {tuple(tensor.shape)}. Do not "
+                    f"replace the data of parameters or gradients between forward pass and step."
+                )
         return [
-            t if t is None or (t.dtype is dtype and t.device.type == device and t.is_contiguous()) else self._plain(t)
+            t if t is None or (t.dtype is dtype and t.device == device and t.is_contiguous()) else self._plain(t)
             for t in tensors
         ]
 

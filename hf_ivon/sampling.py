@@ -253,13 +253,13 @@ class WeightSampler:
             self._sampled_packs[pack] = "theta"
         pack.rename("mean", "product")
         self._with_products.add(pack)
-        if isinstance(factor, Tensor):
-            _scale(pack.flat("product"), factor, squared)
         if native is None:
             pack.write_back("theta")
-        else:
-            pack.follow()
         del self._sampled_packs[pack]
+        if native is not None:  # the means are where the pack has the parameters
+            pack.follow()
+        if isinstance(factor, Tensor):
+            _scale(pack.flat("product"), factor, squared)
 
     def restore(self) -> None:
         """Write the means back; what is raised in between is raised after all of them are in place."""

@@ -90,20 +90,22 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_the_ways_to_run_agree(fused, name, request):
+@pytest.mark.parametrize(
+    ("fused", "name"),
+    [(way, name) for way in ("eager", "native") for name in OPTIONS]
+    # Each of the others compiles the passes once more.
+    + [pytest.param("compiled", n, marks=[pytest.mark.slow] if n != "default" else []) for n in OPTIONS],
+    indirect=["fused"],
+)
+def test_the_ways_to_run_agree(fused, name):
     """A machine with a compiler must train the same model as one without: nobody could find such a difference."""
-    if "compiled" in request.node.callspec.id and name != "default":
-        pytest.skip("each compiles the passes once more; see test_all_options_compiled")
-    agree(fused, OPTIONS[name])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("fused", ["compiled"], indirect=True)
-def test_all_options_compiled(fused, name):
-    """On a GPU every run is compiled, with whatever options."""
-    agree(fused, OPTIONS[name])
+    options = OPTIONS[name]
+    expected = run(foreach=False, fused=False, **options)
+    got = run(foreach=True, fused=fused, **options)
+    for part in expected:
+        for a, b in zip(got[part], expected[part], strict=True):
+            # Draws near zero differ in their last bits, and the small Hessians of some weights enlarge that.
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5, msg=lambda m, n=part: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("fused", ["native", "compiled"], indirect=True)
@@ -124,15 +126,6 @@ def test_weights_in_bf16_are_trained_by_fused_passes(fused, contexts, monkeypatc
     difference = (ends[0] - ends[1]).abs()
     assert difference.max() < 1e-2
     assert difference.mean() < 1e-4
-
-
-def agree(fused, options):
-    expected = run(foreach=False, fused=False, **options)
-    got = run(foreach=True, fused=fused, **options)
-    for name in expected:
-        for a, b in zip(got[name], expected[name], strict=True):
-            # Draws near zero differ in their last bits, and the small Hessians of some weights enlarge that.
-            torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_mean_comes_back_bit_for_bit_whatever_the_way(fused):

@@ -12,6 +12,7 @@ import torch
 from hf_ivon import execution, native, passes, philox
 from hf_ivon.execution import Execution
 from hf_ivon.native import Native
+from hf_ivon.optim import IVON
 from hf_ivon.passes import UpdateOptions
 
 OPTIONS = UpdateOptions(100.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True, False)
@@ -209,3 +210,71 @@ def test_bytes_that_each_pass_moves(monkeypatch, tmp_path):
     assert per_weight(lambda: run.square(curvature, grad, 1.0, False)) == 8
     assert per_weight(lambda: run.update([mean, grad, curvature, momentum, hess], None, OPTIONS)) == 32
     assert per_weight(lambda: run.update([mean, grad, curvature, bf16, hess], prior_mean, OPTIONS)) == 32
+
+
+def trained(params, **options):
+    return IVON(params, lr=0.1, ess=50.0, beta2=0.5, fused=True, **options)
+
+
+def test_memory_that_moves_inside_a_sample_is_followed():
+    """`share_memory_` frees what the addresses of before point to; others' numbers would be overwritten."""
+    for size in (300, 40_000):  # in a pack, and alone
+        p = torch.nn.Parameter(torch.ones(size))
+        optimizer = trained([p])
+        for _ in range(2):
+            optimizer.zero_grad()
+            before = p.detach().clone()
+            with optimizer.sampled_params(train=True):
+                p.square().sum().backward()
+                p.data.share_memory_()
+                optimizer.state[p]["hess"].share_memory_()
+                others = [torch.full((size,), 3.0) for _ in range(8)]
+            assert torch.equal(p, before)
+            optimizer.step()
+            assert not torch.equal(p, before)
+            assert all((other == 3.0).all() for other in others)
+
+
+@pytest.mark.parametrize("size", [300, 40_000])
+def test_a_gradient_that_became_smaller_is_refused(size):
+    """By address, the pass would read what lies behind it."""
+    p, other = torch.nn.Parameter(torch.ones(size)), torch.nn.Parameter(torch.ones(size + 4))
+    optimizer = trained([p, other])
+    with pytest.raises(RuntimeError, match="must have its parameter's shape|must match"):
+        with optimizer.sampled_params(train=True):
+            (p.square().sum() + other.square().sum()).backward()
+            p.grad.data = torch.ones(size // 4)
+    assert (p == 1).all()
+    assert (other == 1).all()
+
+
+@pytest.mark.parametrize("size", [300, 40_000])
+def test_weights_that_became_smaller_inside_a_sample_leave_the_others_their_means(size):
+    """An embedding that is resized there is an error of the caller, but the rest of the model must not be lost."""
+    p, other = torch.nn.Parameter(torch.ones(size)), torch.nn.Parameter(torch.ones(size + 4))
+    optimizer = trained([p, other])
+    with pytest.raises(RuntimeError, match="size|shape"):
+        with optimizer.sampled_params(train=True):
+            (p.square().sum() + other.square().sum()).backward()
+            p.data = torch.zeros(size // 2)
+    assert (other == 1).all()
+    assert not optimizer.is_sampled
+
+
+def test_buffers_are_fp32_whatever_the_default_dtype():
+    """With a default of bf16 they would be half as long as the passes take them to be."""
+    p = torch.nn.Parameter(torch.ones(300))
+    optimizer = trained([p])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for _ in range(3):
+            optimizer.zero_grad()
+            with optimizer.sampled_params(train=True):
+                p.square().sum().backward()
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    [pack] = optimizer._roster.packs
+    kinds = {name: buffer.flat.dtype for name, buffer in pack._buffers.items() if name != "step"}
+    assert set(kinds.values()) == {torch.float32}, kinds
+    assert {buffer.flat.dtype for buffer in pack._spare} == {torch.float32}
