@@ -14,7 +14,7 @@ from hf_ivon import passes
 from hf_ivon.compiled import NOT_COMPILED, Compiled, apart, lanes
 from hf_ivon.functional import cache_sized, sample
 from hf_ivon.native import Native
-from hf_ivon.packs import Pack
+from hf_ivon.packs import Pack, is_plain
 from hf_ivon.passes import UpdateOptions
 from hf_ivon.philox import noise_words, normal_range
 
@@ -49,7 +49,7 @@ class Execution:
         first = tensors[0]
         # By address nothing else would notice that a tensor is elsewhere, or has become smaller.
         if not self._fused or not all(
-            t.device == first.device and t.numel() == first.numel() and t.is_contiguous() for t in (*tensors, *narrow)
+            t.device == first.device and t.numel() == first.numel() and is_plain(t) for t in (*tensors, *narrow)
         ):
             return None
         run = fused_passes(first.device.type)
@@ -206,7 +206,7 @@ _lock = threading.Lock()
 
 
 def fused_passes(device_type: str) -> Native | Compiled | None:
-    """Return the fused passes, after they have been seen to do what the eager ones do; None if they do not.
+    """Return the fused passes, after a comparison with the eager ones on a few numbers; None if they differ.
 
     On a CPU they are those in C++, and if these cannot be built, those of `torch.compile`, as everywhere else.
     """
@@ -221,7 +221,7 @@ def _make_and_check(device_type: str) -> Native | Compiled | None:
     if device_type == "cpu":
         try:
             return _checked(Native(), device_type)
-        except (OSError, ArithmeticError) as error:
+        except (OSError, AttributeError, ArithmeticError) as error:
             logger.info("The passes in C++ cannot be used (%s). `torch.compile` makes others.", error)
     try:
         return _checked(Compiled(), device_type)
@@ -239,7 +239,7 @@ def _checked(run: Native | Compiled, device_type: str) -> Native | Compiled:
     eager = Execution(foreach=False, fused=False)
     for size in (4 * 24, 4 * 1000):
         words = noise_words((size,), 1)
-        start = torch.linspace(0.1, 1.0, size, device=device_type)
+        start = torch.linspace(0.1, 1.0, size, dtype=torch.float32, device=device_type)
         expected = [start * (i + 1) for i in range(6)]
         tensors = [t.clone() for t in expected]
         options = UpdateOptions(100.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True, False)
@@ -268,5 +268,5 @@ def _checked(run: Native | Compiled, device_type: str) -> Native | Compiled:
         if not all(ran):
             return run  # it has said why, and is not used
         if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(tensors, expected, strict=True)):
-            raise ArithmeticError("the compiled passes give other numbers than the eager ones")
+            raise ArithmeticError("the fused passes give other numbers than the eager ones")
     return run

@@ -1,7 +1,7 @@
 """The passes of `hf_ivon.passes` in C++, for CPUs: built by the machine's compiler in a second, and kept for others.
 
 What the passes work on is handed over as addresses, any number of tensors in one call. It is the caller who sees to
-it that they are contiguous, fp32 and on the CPU.
+it that they are contiguous, of one size, of the right dtype and on the CPU; nothing here would notice.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -170,28 +171,33 @@ def build() -> ctypes.CDLL:
     Raises:
         OSError: If there is no compiler, or it fails; the message is its first error.
     """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
-    if compiler is None:
+    found = (name for name in ("g++", "c++", "clang++") if shutil.which(name))
+    compiler = shlex.split(os.environ.get("CXX", "")) or [*found][:1]
+    if not compiler:
         raise OSError("no C++ compiler found")
-    command = [*compiler.split(), *_FLAGS]
+    command = [*compiler, *_FLAGS]
     # What the compiler defines tells its version, and the processor that `native` is here: a home is often shared.
     machine = _output([*command, "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), " ".join(command).encode(), machine])).hexdigest()
     directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "hf_ivon"
     kept = directory / f"passes-{key[:16]}.so"
     if kept.exists():
-        return ctypes.CDLL(str(kept))
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        place = tempfile.TemporaryDirectory(dir=directory)
-    except OSError:
-        place = tempfile.TemporaryDirectory()
-    with place as temporary:
+        with suppress(OSError):  # damaged
+            return ctypes.CDLL(str(kept))
+    place = None
+    if directory.is_absolute():  # else there is no home
+        with suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+            place = tempfile.TemporaryDirectory(dir=directory)
+    with place or tempfile.TemporaryDirectory() as temporary:
         built = Path(temporary) / kept.name
         _output([*command, str(_SOURCE), "-o", str(built)])
         library = ctypes.CDLL(str(built))
         with suppress(OSError):  # the next process builds its own
-            built.replace(kept)
+            with built.open("rb+") as file:
+                os.fsync(file.fileno())
+            if place is not None:
+                built.replace(kept)
     return library
 
 

@@ -34,6 +34,11 @@ def addresses_of(tensors: Sequence[Tensor | None]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor's numbers stand in its memory as they are, one after another."""
+    return tensor.is_contiguous() and not tensor.is_neg()
+
+
 class Buffer:
     """A flat tensor and its parts.
 
@@ -158,7 +163,8 @@ class Pack:
         return all(all(map(is_, [s.get(name) for s in states], self.views(name))) for name in self._state)
 
     def _moved(self) -> bool:
-        return [p.data_ptr() for p in self.params] != self._pointers
+        pointers, shapes = [p.data_ptr() for p in self.params], [p.shape for p in self.params]
+        return pointers != self._pointers or shapes != self._shapes or not all(p.is_contiguous() for p in self.params)
 
     def flat(self, name: str) -> Tensor:
         """Return the buffer of this name, fp32, the parameters one after another; of a new name it holds anything."""
@@ -203,12 +209,12 @@ class Pack:
                     f"replace the data of parameters or gradients between forward pass and step."
                 )
         return [
-            t if t is None or (t.dtype is dtype and t.device == device and t.is_contiguous()) else self._plain(t)
+            t if t is None or (t.dtype is dtype and t.device == device and is_plain(t)) else self._plain(t)
             for t in tensors
         ]
 
     def _plain(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, torch.float32).contiguous()
+        return tensor.to(self._device, torch.float32).contiguous().resolve_neg()
 
     def read(self, name: str) -> Tensor:
         """Copy the parameters into a buffer; returns the buffer."""

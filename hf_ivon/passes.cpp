@@ -1,7 +1,8 @@
 // The passes of hf_ivon/passes.py for CPUs, in vector instructions: the same numbers up to rounding.
 //
 // A processor's vector holds W floats. Every function takes several tensors at once: `count` of them, with their sizes
-// and one array of addresses for each role. All tensors are contiguous fp32, but for momenta, which may be bf16.
+// and one array of addresses for each role. All are contiguous fp32, but for momenta, and weights whose means are kept
+// apart, with their gradients: these may be bf16.
 #include <omp.h>
 
 #include <algorithm>

@@ -100,7 +100,7 @@ class WeightSampler:
         self._sharded = False
         self._spare: dict[Tensor, list[Tensor]] = {}
         self._borrowed: set[Tensor] = set()
-        self._prepared: dict[Tensor, tuple[tuple[int, ...], Any]] = {}
+        self._prepared: dict[Tensor, tuple[tuple[Any, ...], Any]] = {}
 
     @torch.no_grad()
     def perturb(self, packs: Mapping[Pack, tuple[int, ...]], draws: Sequence[Draw], train: bool) -> None:
@@ -144,13 +144,13 @@ class WeightSampler:
 
     def _prepare(self, p: Tensor, *tensors: Tensor) -> Any:
         """Return what a fused pass works on, kept from call to call while the tensors stay where they are."""
-        pointers = tuple(t.data_ptr() for t in tensors)
+        places = tuple((t.data_ptr(), t.shape, t.stride()) for t in tensors)
         kept = self._prepared.get(p)
-        if kept is None or kept[0] != pointers:
+        if kept is None or kept[0] != places:
             prepared = self.execution.prepare(*tensors)
             if prepared is None:
                 return None
-            kept = self._prepared[p] = (pointers, prepared)
+            kept = self._prepared[p] = (places, prepared)
         return kept[1]
 
     def _perturb_pack(self, pack: Pack, words: Tensor, train: bool) -> None:
@@ -283,14 +283,22 @@ class WeightSampler:
 
     @torch.no_grad()
     def _write_means(self) -> None:
+        errors: list[BaseException] = []  # of one parameter, which must not be the others'
         # In reverse: of two parameters on one storage, the first was saved before any write.
         for pack, name in reversed(self._sampled_packs.items()):
-            pack.write_back(name)
-        for p in reversed(self._alone):
-            if p in self.means:
+            try:
+                pack.write_back(name)
+            except BaseException as error:
+                errors.append(error)
+        for p in [p for p in reversed(self._alone) if p in self.means]:
+            try:
                 distributed.local(p).copy_(self.means[p])
                 if p not in self._borrowed:
                     self.note(p)
+            except BaseException as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 def _scale(products: Tensor, factor: Tensor, squared: bool) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -37,10 +38,10 @@ UNITS = {
 class Averaged(OptimizerOnly):
     """Contexts that each zero their gradients, and are averaged."""
 
-    def backward(self) -> None:
+    def backward(self, params: list[nn.Parameter]) -> None:
         """Zero the gradients, then give each parameter its own."""
         self.optimizer.zero_grad()
-        super().backward()
+        super().backward(params)
 
 
 def shapes(millions: int) -> list[tuple[int, ...]]:
@@ -53,7 +54,8 @@ def step(
 ) -> OptimizerOnly:
     """Return an optimizer with its parameters, ready to be timed."""
     params = parameters(shapes(millions), device)
-    return kind(optimizers([optimizer])[optimizer](params), params, contexts)
+    twins = parameters(shapes(millions), device) if kind is OptimizerOnly else None
+    return kind(optimizers([optimizer])[optimizer](params), params, contexts, twins)
 
 
 def medians(steps: dict[int, OptimizerOnly], rounds: int) -> dict[int, float]:

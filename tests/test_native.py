@@ -147,28 +147,45 @@ def test_several_processes_have_one_library(tmp_path, monkeypatch):
     native.build()
     [built] = (tmp_path / "hf_ivon").iterdir()
     before = built.stat().st_mtime_ns
-    native.build()
+    script = "from hf_ivon import native; native.build()"
+    subprocess.run([sys.executable, "-c", script], check=True)
     assert [built] == list((tmp_path / "hf_ivon").iterdir())
     assert built.stat().st_mtime_ns == before
 
 
-def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path, monkeypatch):
-    """Homes of containers are often read-only, or missing."""
+@pytest.mark.parametrize("where", ["file", "~"])
+def test_a_cache_that_cannot_be_written_does_not_matter(where, tmp_path, monkeypatch):
+    """Homes of containers are often read-only, or missing: then Python says `~`, and here would be a folder of it."""
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", where if where == "~" else str(tmp_path / where))
     assert isinstance(native.build(), ctypes.CDLL)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_damaged_library_is_built_again(tmp_path, monkeypatch):
+    """A full disk would else make training slow for good."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.build()
+    [kept] = (tmp_path / "hf_ivon").iterdir()
+    size = kept.stat().st_size
+    kept.unlink()  # the one that is loaded stays as it is
+    kept.write_bytes(b"")
+    assert isinstance(native.build(), ctypes.CDLL)
+    assert kept.stat().st_size == size
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     """Why training is slower than it could be must be found in the log."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiler = tmp_path / "c++"
+    (tmp_path / "a folder").mkdir()
+    compiler = tmp_path / "a folder" / "c++"
     compiler.write_text("#!/bin/sh\necho note >&2\necho 'fatal error: omp.h: No such file' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", f"'{compiler}' -O1")
     with pytest.raises(OSError, match="omp.h: No such file"):
         native.build()
-    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("CXX", " ")
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with pytest.raises(OSError, match="no C\\+\\+ compiler found"):
         native.build()
@@ -278,3 +295,108 @@ def test_buffers_are_fp32_whatever_the_default_dtype():
     kinds = {name: buffer.flat.dtype for name, buffer in pack._buffers.items() if name != "step"}
     assert set(kinds.values()) == {torch.float32}, kinds
     assert {buffer.flat.dtype for buffer in pack._spare} == {torch.float32}
+
+
+@pytest.mark.parametrize("size", [300, 40_000])
+def test_writes_are_counted_so_that_autograd_notices_them(size):
+    """A backward pass through weights of before would give wrong gradients instead of an error."""
+    p = torch.nn.Parameter(torch.ones(size))
+    optimizer = trained([p])
+    versions = [p._version]
+    with optimizer.sampled_params(train=True):
+        versions.append(p._version)
+        p.square().sum().backward()
+    versions.append(p._version)
+    optimizer.step()
+    versions.append(p._version)
+    assert versions == sorted(set(versions))
+
+
+@pytest.mark.parametrize("size", [300, 40_000])
+@pytest.mark.parametrize("kind", ["strided", "float64", "negative"])
+def test_gradients_of_other_kinds_are_read_as_they_are_meant(size, kind):
+    """By address a stride, a dtype or a pending sign is invisible: the step would go anywhere, or uphill."""
+    ends = []
+    for fused in (False, True):
+        p = torch.nn.Parameter(torch.linspace(0.5, 1.0, size))
+        optimizer = IVON([p], lr=0.1, ess=50.0, beta2=0.5, fused=fused)
+        with optimizer.sampled_params(train=True):
+            p.square().sum().backward()
+            given = p.grad.clone()
+            if kind == "strided":
+                p.grad = torch.stack([given, torch.zeros_like(given)], dim=1)[:, 0]
+            elif kind == "negative":
+                p.grad = torch._neg_view(-given)
+            else:
+                p.grad.data = given.double()
+        optimizer.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+    assert (ends[1] < torch.linspace(0.5, 1.0, size)).float().mean() > 0.9
+
+
+def test_a_parameter_of_a_pack_without_gradient_gets_its_mean_back():
+    """There is no address to read from; the others' products must not be lost for it."""
+    used, unused = torch.nn.Parameter(torch.ones(300)), torch.nn.Parameter(torch.ones(200))
+    optimizer = trained([used, unused])
+    for _ in range(2):
+        optimizer.zero_grad()
+        with optimizer.sampled_params(train=True):
+            assert not (unused == 1).any()
+            used.square().sum().backward()
+        assert (unused == 1).all()
+        optimizer.step()
+    assert (unused == 1).all()
+    assert (used < 1).all()
+
+
+@pytest.mark.parametrize("size", [100, 200])
+def test_a_transposed_weight_gets_its_own_mean_back(size):
+    """Transformers transposes heads by `weight.data = weight.data.T`: the same address, in another order."""
+    p = torch.nn.Parameter(torch.arange(size * size, dtype=torch.float32).view(size, size))
+    optimizer = trained([p])
+    with optimizer.sampled_params():
+        pass
+    p.data = p.data.t()
+    before = p.detach().clone()
+    with optimizer.sampled_params():
+        pass
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("size", [300, 40_000])
+def test_a_weight_that_was_enlarged_is_refused(size):
+    """`resize_token_embeddings` after the optimizer was made: its Hessian has not grown, and lies before others."""
+    p = torch.nn.Parameter(torch.ones(size))
+    optimizer = trained([p])
+    with optimizer.sampled_params():
+        pass
+    p.data = torch.ones(2 * size)
+    with pytest.raises(RuntimeError, match="size"), optimizer.sampled_params():
+        pass
+
+
+@pytest.mark.parametrize("size", [300, 40_000])
+def test_a_loss_scale_of_a_wrong_shape_leaves_all_means(size):
+    """The error must be about the scale, and the other weights not stay at the sample."""
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (size, 50_000)]
+    optimizer = trained(params)
+    with pytest.raises(RuntimeError, match="size"):
+        with optimizer.sampled_params(train=True, grad_scale=torch.tensor([8.0, 8.0, 8.0])):
+            sum(p.square().sum() for p in params).backward()
+    assert all((p == 1).all() for p in params)
+
+
+def test_the_check_is_made_in_fp32_whatever_the_default_dtype():
+    """Numbers of two bytes would be overrun by those of four."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert execution._checked(Native(), "cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_large_tensors_are_shared_by_the_threads(monkeypatch):
+    """Half of a machine would stand idle; and small tensors would wait for threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert [native._threads(elements) for elements in (1, 2**15, 2**20)] == [1, 2, 4]

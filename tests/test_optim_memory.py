@@ -98,10 +98,10 @@ def test_an_error_before_a_mean_was_kept_is_not_masked(monkeypatch):
 @SIZES
 @pytest.mark.parametrize("after", ["", "float32", "bfloat16", "float64"])
 @DTYPES
-@pytest.mark.parametrize("inference", [False, True])
-def test_mean_survives_a_cast_inside_a_sample(rows, dtype, after, inference):
+@pytest.mark.parametrize(("inference", "fused"), [(False, False), (True, False), (True, True)])
+def test_mean_survives_a_cast_inside_a_sample(rows, dtype, after, inference, fused):
     """Evaluation in bf16 casts the model; if that is inside a sample, the model would keep the sample for good."""
-    model, optimizer = make(rows, dtype)
+    model, optimizer = make(rows, dtype, fused=fused)
     before = [p.detach().clone() for p in model.parameters()]
     with optimizer.sampled_params(), torch.inference_mode(inference):
         if after:
@@ -116,9 +116,10 @@ def test_mean_survives_a_cast_inside_a_sample(rows, dtype, after, inference):
 @SIZES
 @pytest.mark.parametrize("where", ["before backward", "after backward"])
 @pytest.mark.parametrize(("dtype", "after"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_a_cast_in_training_keeps_the_mean_and_goes_on(rows, where, dtype, after):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_cast_in_training_keeps_the_mean_and_goes_on(rows, where, dtype, after, fused):
     """Products of noise and gradient put the mean back too; and a model cast up has its mean in two places."""
-    model, optimizer = make(rows, dtype)
+    model, optimizer = make(rows, dtype, fused=fused)
     before = [p.detach().clone() for p in model.parameters()]
     with optimizer.sampled_params(train=True):
         optimizer.zero_grad()
