@@ -84,6 +84,7 @@ class WeightSampler:
         execution: How the passes over memory are run.
 
     Attributes:
+        execution: How the passes over memory are run.
         means: Parameter to posterior mean, for the parameters that hold a weight sample now.
         written: Parameter whose mean is kept in its state, to its memory and version after the last write from here;
             other memory or a later version was written by others.

@@ -39,7 +39,10 @@ def compiled_passes():
         return execution.fused_passes("cpu")
 
 
-@pytest.fixture(params=["eager", "native", "compiled"])
+COMPILER = pytest.mark.compiler
+
+
+@pytest.fixture(params=["eager", pytest.param("native", marks=COMPILER), pytest.param("compiled", marks=COMPILER)])
 def fused(request, monkeypatch):
     """Option `fused` of an optimizer that takes its passes in each of the ways."""
     if request.param == "compiled":
@@ -92,9 +95,10 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     ("fused", "name"),
-    [(way, name) for way in ("eager", "native") for name in OPTIONS]
+    [("eager", name) for name in OPTIONS]
+    + [pytest.param("native", name, marks=COMPILER) for name in OPTIONS]
     # Each of the others compiles the passes once more.
-    + [pytest.param("compiled", n, marks=[pytest.mark.slow] if n != "default" else []) for n in OPTIONS],
+    + [pytest.param("compiled", n, marks=[COMPILER, *[pytest.mark.slow] * (n != "default")]) for n in OPTIONS],
     indirect=["fused"],
 )
 def test_the_ways_to_run_agree(fused, name):
@@ -108,6 +112,7 @@ def test_the_ways_to_run_agree(fused, name):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5, msg=lambda m, n=part: f"{n}: {m}")
 
 
+@COMPILER
 @pytest.mark.parametrize("fused", ["native", "compiled"], indirect=True)
 @pytest.mark.parametrize("contexts", [1, 2])
 def test_weights_in_bf16_are_trained_by_fused_passes(fused, contexts, monkeypatch):
@@ -141,6 +146,7 @@ def test_the_mean_comes_back_bit_for_bit_whatever_the_way(fused):
         assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
+@COMPILER
 @pytest.mark.parametrize("fused", ["native", "compiled"], indirect=True)
 def test_fused_passes_were_really_taken(fused, monkeypatch):
     """Tests of the fused ways would otherwise test the eager one three times."""
@@ -185,6 +191,7 @@ def test_momentum_in_bf16(fused):
     assert 0 < difference.max() < 0.01 * moved.max()  # bf16 has 8 bits: 0.4% in each of four steps at most
 
 
+@COMPILER
 @pytest.mark.parametrize("fused", ["native", "compiled"], indirect=True)
 def test_shapes_are_not_compiled_in_and_writes_are_counted(fused):
     """Weights of many ranks would be compiled once each; autograd would not notice a weight that is written to."""
@@ -203,6 +210,7 @@ def test_shapes_are_not_compiled_in_and_writes_are_counted(fused):
 
 
 @torch._inductor.config.patch(force_disable_caches=True)  # code from the cache comes without the guards on numbers
+@COMPILER
 @pytest.mark.parametrize("fused", ["compiled"], indirect=True)
 def test_numbers_that_change_are_not_compiled_in(fused):
     """Every step of a schedule, or every trial of a sweep, would compile anew, and after eight fall back to eager."""
@@ -309,6 +317,7 @@ def test_gradients_clipped_inside_the_block_are_said_to_change_their_squares(cap
     assert ["squares of the changed ones" in r.message for r in caplog.records] == [True]
 
 
+@COMPILER
 @pytest.mark.parametrize("fused", ["native", "compiled"], indirect=True)
 def test_a_shard_has_its_part_of_the_noise_where_passes_are_fused(fused, monkeypatch):
     """Counted from the shard's beginning, all processes would draw the same noise for different weights."""
@@ -325,6 +334,7 @@ def test_a_shard_has_its_part_of_the_noise_where_passes_are_fused(fused, monkeyp
     torch.testing.assert_close(p.detach()[half:], philox.normal_range(half, p.numel(), p.numel(), words))
 
 
+@COMPILER
 @pytest.mark.parametrize("threads", [1, 2])
 def test_compiled_loops_run_in_the_threads_of_their_call(threads, monkeypatch):
     """Decided by the first call, as the compiler does, a pass over any model runs in one thread: twice the time.
@@ -340,6 +350,7 @@ def test_compiled_loops_run_in_the_threads_of_their_call(threads, monkeypatch):
 
 
 @pytest.mark.slow
+@COMPILER
 @pytest.mark.parametrize(
     ("name", "reads", "writes"),
     [("sample", 8, 8), ("take_product", 3, 2), ("update", 5, 3)],

@@ -13,6 +13,8 @@ from hf_ivon.native import Native
 from hf_ivon.optim import IVON
 from hf_ivon.passes import UpdateOptions
 
+pytestmark = pytest.mark.compiler
+
 OPTIONS = UpdateOptions(100.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True, False)
 # A vector has up to 16 elements, and noise four lanes: all remainders, and sizes that several threads share.
 SIZES = [*range(1, 150), 2**15, 2**16 + 1, 2**17 + 37]

@@ -10,6 +10,8 @@ import pytest
 from hf_ivon import execution, native
 from hf_ivon.native import Native
 
+pytestmark = pytest.mark.compiler
+
 
 def test_several_processes_have_one_library(tmp_path, monkeypatch):
     """Each rank of each run would spend a second on what is there."""
