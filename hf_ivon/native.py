@@ -171,8 +171,12 @@ def build() -> ctypes.CDLL:
     Raises:
         OSError: If there is no compiler, or it fails; the message is its first error.
     """
-    found = (name for name in ("g++", "c++", "clang++") if shutil.which(name))
-    compiler = shlex.split(os.environ.get("CXX", "")) or [*found][:1]
+    found = [name for name in ("g++", "c++", "clang++") if shutil.which(name)]
+    given = os.environ.get("CXX", "")
+    try:
+        compiler = shlex.split(given) or found[:1]
+    except ValueError as error:
+        raise OSError(f"`CXX` must be a command, got {given!r}: {error}") from error
     if not compiler:
         raise OSError("no C++ compiler found")
     command = [*compiler, *_FLAGS]

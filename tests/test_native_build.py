@@ -57,6 +57,9 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", f"'{compiler}' -O1")
     with pytest.raises(OSError, match="omp.h: No such file"):
         native.build()
+    monkeypatch.setenv("CXX", "g++ '")
+    with pytest.raises(OSError, match="`CXX` must be a command"):
+        native.build()
     monkeypatch.setenv("CXX", " ")
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with pytest.raises(OSError, match="no C\\+\\+ compiler found"):
