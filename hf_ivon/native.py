@@ -72,7 +72,7 @@ class Native:
         self._update.argtypes = [number, *[pointer] * 8, flag, flag]
 
     def prepare(self, theta: Tensor, mean: Tensor, hess: Tensor) -> Prepared:
-        """Return what `sample` works on."""
+        """Return what `sample` works on: addresses, which are good while the tensors are there."""
         return _sizes(theta), *(addresses_of([t]) for t in (theta, mean, hess))
 
     def sample(
