@@ -55,7 +55,8 @@ class Execution:
         run = fused_passes(first.device.type)
         if run is None or first.numel() < run.smallest or any(t.dtype != torch.float32 for t in tensors):
             return None
-        return run if not narrow or {t.dtype for t in narrow} in [{dtype} for dtype in run.narrow] else None
+        kinds = {t.dtype for t in narrow}
+        return run if len(kinds) < 2 and kinds.issubset(run.narrow) else None
 
     def native(self, pack: Pack) -> Native | None:
         """Return what works on the parameters of a pack where they are; None if they are to be copied together."""

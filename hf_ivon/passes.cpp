@@ -29,6 +29,12 @@ typedef uint32_t Words __attribute__((vector_size(4 * W)));
 typedef uint64_t Wides __attribute__((vector_size(4 * W)));  // words of every second lane, with room above them
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 
+#ifdef IVON_COUNT_BYTES  // that passes have read and written: a test counts them, since they are what a pass costs
+extern "C" {
+int64_t ivon_bytes = 0;
+}
+#endif
+
 namespace {
 
 // ---------------------------------------------------------------------- vectors
@@ -46,9 +52,7 @@ Target bits(Source source) {
     return target;
 }
 
-// Bytes that the passes have read and written: a test counts them, since they are what a pass costs.
 #ifdef IVON_COUNT_BYTES
-extern "C" int64_t ivon_bytes;
 void count(int64_t bytes) { ivon_bytes += bytes; }
 #else
 void count(int64_t) {}
@@ -275,10 +279,6 @@ void add_product(int64_t count, const int64_t* sizes, float* const* totals, void
 }  // namespace
 
 extern "C" {
-
-#ifdef IVON_COUNT_BYTES
-int64_t ivon_bytes = 0;
-#endif
 
 // Puts a weight sample into `thetas`. If `keep`, these hold the mean, which goes into `means`; else it is there.
 void ivon_sample(int64_t count, const int64_t* sizes, void* const* thetas, float* const* means,

@@ -254,8 +254,10 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[dict]:
             trained = make([p for p in model.parameters() if p.requires_grad])
             steps[optimizer_name] = WholeStep(trained, model, options.contexts, options)
         else:
-            params, twins = parameters(SHAPES[name](), device), parameters(SHAPES[name](), device)
-            steps[optimizer_name] = OptimizerOnly(make(params), params, options.contexts, twins)
+            params = parameters(SHAPES[name](), device)
+            trained = make(params)
+            twins = parameters(SHAPES[name](), device) if hasattr(trained, "sampled_params") else None
+            steps[optimizer_name] = OptimizerOnly(trained, params, options.contexts, twins)
         first[optimizer_name] = timed(steps[optimizer_name].run, device)
         steps[optimizer_name].run()
     seconds: dict[str, list[float]] = {key: [] for key in steps}
