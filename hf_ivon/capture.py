@@ -45,7 +45,6 @@ class GradientCapture:
 
     def __init__(self, sampler: WeightSampler, *, squared: bool) -> None:
         self._sampler = sampler
-        self._means = sampler.means
         self.squared = squared
         self._late = True
         self._context: Context | None = None
@@ -85,25 +84,23 @@ class GradientCapture:
                 capture = reference()
                 return None if capture is None else capture._on_gradient(p, grad)
 
-            def on_accumulated(p: Tensor) -> None:
-                capture = reference()
-                if capture is not None:
-                    capture._on_accumulated(p)
+            sharded = distributed.is_sharded(p)  # its gradient is of use only after its reduction
 
-            def on_reduced(p: Tensor) -> None:
+            def on_accumulated(p: Tensor, sharded: bool = sharded) -> None:
                 capture = reference()
-                if capture is not None:
+                if capture is not None and sharded:
                     capture._on_reduced(p)
+                elif capture is not None:
+                    capture._on_accumulated(p)
 
             self._hooked.add(p)
             if p.grad is not None and p.grad.any():  # from before the hooks; asked once per parameter
                 self._at_mean.add(p)
-            if distributed.is_sharded(p):  # its gradient is of use only after its reduction
+            if sharded:
                 self._sharded.append(p)
-                self._handles.append(p.register_post_accumulate_grad_hook(on_reduced))
             else:
                 self._handles.append(p.register_hook(on_gradient))
-                self._handles.append(p.register_post_accumulate_grad_hook(on_accumulated))
+            self._handles.append(p.register_post_accumulate_grad_hook(on_accumulated))
 
     # ------------------------------------------------------------------ contexts
 
@@ -246,9 +243,12 @@ class GradientCapture:
         if distributed.world_size() == 1 or self.squared:  # squares are of reduced gradients
             return
         params = list(params)
-        whole = [p for p in params if not distributed.is_sharded(p)]  # sharded gradients come reduced
+        redrawn = self._sampler.redrawn
+        redrawn.average(p for p in params if p in redrawn)
         groups = [p for p in params if p in self._started and replicas.is_replicated(p)]
         replicas.average_over_groups(groups, [distributed.local(self._buffers[p]) for p in groups])
+        # Sharded gradients come reduced.
+        whole = [p for p in params if not (p in redrawn or distributed.is_sharded(p))]
         for p in whole:
             if p not in self._started:
                 self._started.add(p)
@@ -260,9 +260,9 @@ class GradientCapture:
         """What the window's buffers are to be divided by."""
         return float(self.contexts) if self.averaged else 1.0
 
-    def curvature(self, p: Tensor) -> Tensor:
-        """Return the window's buffer for `p`, shape of `p`, to be divided by `divisor`."""
-        return self._buffers[p]
+    def curvature(self, p: Tensor) -> Tensor | None:
+        """Return the window's buffer for `p`, shape of `p`, to be divided by `divisor`; None if its Hessian is new."""
+        return None if self._sampler.redrawn.has_learned(p) else self._buffers[p]
 
     def buffers(self, params: Iterable[Tensor]) -> list[Tensor | None]:
         """Return the window's buffers for parameters; None for one without."""
@@ -278,7 +278,7 @@ class GradientCapture:
 
     def _on_gradient(self, p: Tensor, grad: Tensor) -> Tensor | None:
         context = self._context
-        if context is None or p not in self._means:
+        if context is None or not self._sampler.holds_sample(p):
             return None
         if grad.is_sparse:
             raise RuntimeError(windows.SPARSE)
@@ -294,7 +294,7 @@ class GradientCapture:
     def _on_accumulated(self, p: Tensor) -> Context | None:
         """Note that a backward pass has reached `p.grad`; returns the training context that it was in."""
         context = self._context
-        if context is None or p not in self._means:
+        if context is None or not self._sampler.holds_sample(p):
             self._at_mean.add(p)
             return None
         context.accumulated.add(p)
@@ -345,14 +345,16 @@ class GradientCapture:
             raise RuntimeError(windows.STALE)
 
     def _add_noise_grad(self, context: Context, p: Tensor, grad: Tensor) -> None:
-        mean = self._means[p]
+        factor, sampler = context.inverse_scale * context.weight, self._sampler
+        if p in sampler.redrawn:
+            sampler.redrawn.learn(p, grad, factor)
+            return
         if p not in self._started:
             self._started.add(p)
-            self._buffers[p] = (self._buffers[p] if p in self._buffers else self._sampler.borrow(p)).zero_()
-        factor = context.inverse_scale * context.weight
+            self._buffers[p] = (self._buffers[p] if p in self._buffers else sampler.borrow(p)).zero_()
         with torch.no_grad():
             weights, gradient = distributed.local(p), distributed.local(grad)
-            self._sampler.execution.add_product(self._buffers[p], weights, mean, gradient, factor)
+            sampler.execution.add_product(self._buffers[p], weights, sampler.means[p], gradient, factor)
 
     def _settle(self, context: Context) -> None:
         """Decide between averaging and summing from what this context found in `p.grad`."""
@@ -363,9 +365,10 @@ class GradientCapture:
             self._broken |= context.seen
             raise RuntimeError(windows.MIXED)
         self.averaged = cleared.pop()
-        if self.averaged and any(distributed.is_sharded(p) for p in context.seen):
+        sharded = any(map(distributed.is_sharded, context.seen))
+        if self.averaged and (sharded or not context.seen.isdisjoint(self._sampler.redrawn)):
             self._broken |= context.seen
-            raise RuntimeError(windows.SHARDED_SAMPLES)
+            raise RuntimeError(windows.SHARDED_SAMPLES if sharded else windows.REDRAWN_SAMPLES)
 
     def _average(self, context: Context) -> None:
         """Make `p.grad` the running average over contexts, as it is the running sum when they add up."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_ivon import passes
 from hf_ivon.packs import MAX_ELEMENTS
-from hf_ivon.passes import UpdateOptions
+from hf_ivon.passes import NoiseOptions, UpdateOptions
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Compiled:
             "draw_lanes": passes.draw_lanes,
             "take_product": passes.take_product,
             "add_product": passes.add_product,
+            "subtract_noise": subtract_noise_whole,
             "square": passes.square,
             "update": passes.update,
         }
@@ -78,15 +79,37 @@ class Compiled:
         """Run `passes.add_product`."""
         return self._call("add_product", *map(_flat, (total, theta, mean, grad)), factor)
 
+    def subtract_noise(
+        self, theta: Tensor, hess: Tensor, grad: Tensor | None, words: Tensor, options: NoiseOptions
+    ) -> bool:
+        """Run `passes.subtract_noise_lanes` on a whole tensor."""
+        if theta.numel() % 4:
+            return False
+        grads = None if grad is None else apart(grad)
+        words = words.to(theta.device, non_blocking=True)
+        done = self._call("subtract_noise", apart(theta), apart(hess), grads, words, *options)
+        if done:
+            torch.autograd.graph.increment_version((theta, hess))
+        return done
+
     def square(self, total: Tensor, grad: Tensor, factor: float, keep: bool) -> bool:
         """Run `passes.square`."""
         return self._call("square", *map(_flat, (total, grad)), factor, keep)
 
-    def update(self, tensors: list[Tensor], prior_mean: Tensor | None, options: UpdateOptions) -> bool:
-        """Run `passes.update`; `tensors` are its first five."""
-        done = self._call("update", *map(_flat, tensors), _flat(prior_mean), *options)
+    def update(
+        self,
+        mean: Tensor,
+        grad: Tensor,
+        curvature: Tensor | None,
+        momentum: Tensor,
+        hess: Tensor,
+        prior_mean: Tensor | None,
+        options: UpdateOptions,
+    ) -> bool:
+        """Run `passes.update`."""
+        tensors = mean, grad, curvature, momentum, hess, prior_mean
+        done = self._call("update", *map(_flat, tensors), *options)
         if done:
-            mean, _, _, momentum, hess = tensors
             torch.autograd.graph.increment_version((mean, momentum, hess))
         return done
 
@@ -126,6 +149,14 @@ def sample_whole(
     """Run `passes.sample_lanes` on the four lanes of a whole tensor, whose size is a multiple of four."""
     columns = torch.arange(hesses[0].shape[0], device=hesses[0].device)
     passes.sample_lanes(thetas, means, hesses, columns, words, ess, weight_decay, keep)
+
+
+def subtract_noise_whole(
+    thetas: list[Tensor], hesses: list[Tensor], grads: list[Tensor] | None, words: Tensor, *options: Any
+) -> None:
+    """Run `passes.subtract_noise_lanes` on the four lanes of a whole tensor, whose size is a multiple of four."""
+    columns = torch.arange(hesses[0].shape[0], device=hesses[0].device)
+    passes.subtract_noise_lanes(thetas, hesses, grads, columns, words, *options)
 
 
 def lanes(tensor: Tensor) -> list[Tensor]:

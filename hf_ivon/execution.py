@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from hf_ivon.compiled import NOT_COMPILED, Compiled, apart, lanes
 from hf_ivon.functional import cache_sized, sample
 from hf_ivon.native import Native
 from hf_ivon.packs import Pack, is_plain
-from hf_ivon.passes import UpdateOptions
+from hf_ivon.passes import NoiseOptions, UpdateOptions
 from hf_ivon.philox import noise_words, normal_range
 
 logger = logging.getLogger(__name__)
@@ -123,13 +124,8 @@ class Execution:
                 return
         words = words.to(theta.device, non_blocking=True)
         if theta.dtype == mean.dtype and theta.numel() == total and theta.is_contiguous() and hess.is_contiguous():
-            of_each = [lanes(t) for t in (theta, mean, hess)]
-            width = -(-total // 4)
-            step = _COLUMNS if theta.device.type == "cpu" else _ACCELERATOR_COLUMNS
-            for begin in range(0, width, step):
-                columns = torch.arange(begin, min(begin + step, width), device=theta.device)
-                parts = [[lane[begin : begin + step] for lane in tensor] for tensor in of_each]
-                thetas, means, hesses = parts
+            for begin, end, (thetas, means, hesses) in _pieces(theta, mean, hess):
+                columns = torch.arange(begin, end, device=theta.device)
                 passes.sample_lanes(thetas, means, hesses, columns, words, ess, weight_decay)
             return
         for part, m, h in cache_sized(theta, mean, hess):
@@ -157,6 +153,79 @@ class Execution:
         torch.index_select(noise.flat, 0, noise.order, out=theta)
         for t, m, h in cache_sized(theta, mean, hess):
             t.copy_(sample(m, h, t, ess=ess, weight_decay=weight_decay))
+
+    def add_noise(
+        self, theta: Tensor, hess: Tensor, words: Tensor, *, ess: float, weight_decay: float
+    ) -> Iterator[int]:
+        """Put a weight sample into a whole tensor, whose mean is not kept; `subtract_noise` takes the noise off again.
+
+        Args:
+            theta: Holds the mean, contiguous. Written to.
+            hess: Hessian estimate, shape and dtype of `theta`, contiguous.
+            words: Output of `noise_words`.
+            ess: λ, number of examples.
+            weight_decay: δ, loss/param².
+
+        Yields:
+            Column of the noise before which it has been added, after each piece.
+        """
+        run = self._fused_passes(theta, hess)
+        if run is not None and _redraws(run, theta.device.type):
+            prepared: Any = run.prepare(theta, theta, hess)
+            if prepared is not None and run.sample(theta, prepared, words, ess, weight_decay, keep=False):
+                yield -(-theta.numel() // 4)
+                return
+        words = words.to(theta.device, non_blocking=True)
+        for begin, end, (thetas, hesses) in _pieces(theta, hess):
+            columns = torch.arange(begin, end, device=theta.device)
+            passes.sample_lanes(thetas, thetas, hesses, columns, words, ess, weight_decay, keep=False)
+            yield end
+
+    def subtract_noise(
+        self,
+        theta: Tensor,
+        hess: Tensor,
+        grad: Tensor | None,
+        words: Tensor,
+        options: NoiseOptions,
+        begin: int = 0,
+        end: int | None = None,
+    ) -> Iterator[int]:
+        """Take off what `add_noise` put on, and let the Hessian learn from gradient times noise.
+
+        Args:
+            theta: Holds the weight sample. Written to.
+            hess: Hessian estimate that it was drawn with, shape of `theta`, contiguous. Written to.
+            grad: Gradient at the sample, shape of `theta`; None leaves the Hessian as it is.
+            words: Those of the sample.
+            options: See `passes.subtract_noise_lanes`.
+            begin: First column with noise, in whole pieces.
+            end: End of the columns with noise; None is all.
+
+        Yields:
+            Column of the noise before which it has been taken off, after each piece.
+        """
+        width = -(-theta.numel() // 4)
+        end = width if end is None else end
+        tensors = [theta, hess, *([] if grad is None else [grad])]
+        run = self._fused_passes(*tensors) if (begin, end) == (0, width) else None
+        if isinstance(run, Native) and isinstance(options.factor, Tensor):
+            run = None
+        if run is not None and _redraws(run, theta.device.type):
+            if run.subtract_noise(theta, hess, grad, words, options):
+                yield width
+                return
+        words = words.to(theta.device, non_blocking=True)
+        if all(is_plain(t) for t in tensors):
+            for start, stop, lanes_of in _pieces(*tensors, begin=begin, end=end):
+                columns = torch.arange(start, stop, device=theta.device)
+                thetas, hesses, *grads = lanes_of
+                passes.subtract_noise_lanes(thetas, hesses, grads[0] if grads else None, columns, words, *options)
+                yield stop
+            return
+        noise = normal_range(0, theta.numel(), theta.numel(), words).view(theta.shape)
+        passes.subtract_noise(theta, hess, grad, noise, *options)
+        yield width
 
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> None:
         """Run `passes.take_product` on tensors of any size."""
@@ -188,19 +257,33 @@ class Execution:
         self,
         mean: Tensor,
         grad: Tensor,
-        curvature: Tensor,
+        curvature: Tensor | None,
         momentum: Tensor,
         hess: Tensor,
         prior_mean: Tensor | None,
         options: UpdateOptions,
     ) -> None:
         """Run `passes.update` on tensors of any size."""
-        tensors = [t for t in (mean, grad, curvature, momentum, hess, prior_mean) if t is not None]
+        given = mean, grad, curvature, momentum, hess, prior_mean
+        tensors = [t for t in given if t is not None]
         run = self._fused_passes(*(t for t in tensors if t is not momentum), narrow=(momentum,))
-        if run is not None and run.update(tensors[:5], prior_mean, options):
+        if run is not None and run.update(*given, options):
             return
-        for m, g, c, average, h, *prior in cache_sized(*tensors):
-            passes.update(m, g, c, average, h, prior[0] if prior else None, *options)
+        for piece in cache_sized(*tensors):
+            rest = iter(piece)
+            parts: list[Any] = [None if t is None else next(rest) for t in given]
+            m, g, c, average, h, prior = parts
+            passes.update(m, g, c, average, h, prior, *options)
+
+
+def _pieces(*tensors: Tensor, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int, list[list[Tensor]]]]:
+    """Yield ranges of columns, with what each tensor's lanes have there; tensors are contiguous, of one size."""
+    first, of_each = tensors[0], [lanes(t) for t in tensors]
+    step = _COLUMNS if first.device.type == "cpu" else _ACCELERATOR_COLUMNS
+    end = -(-first.numel() // 4) if end is None else end
+    for start in range(begin, end, step):
+        stop = min(start + step, end)
+        yield start, stop, [[lane[start:stop] for lane in tensor] for tensor in of_each]
 
 
 _lock = threading.Lock()
@@ -258,7 +341,7 @@ def _checked(run: Native | Compiled, device_type: str) -> Native | Compiled:
             run.add_product(total, theta, mean, grad, 2.0),
             run.square(total, grad, 2.0, True),
             run.take_product(theta, mean, grad, 1.0, False),
-            run.update([theta, grad, mean, momentum, hess], None, options),
+            run.update(theta, grad, mean, momentum, hess, None, options),
         ]
         if isinstance(run, Compiled):
             columns, drawn = torch.arange(size // 4, device=device_type), torch.empty_like(start)
@@ -271,3 +354,21 @@ def _checked(run: Native | Compiled, device_type: str) -> Native | Compiled:
         if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(tensors, expected, strict=True)):
             raise ArithmeticError("the fused passes give other numbers than the eager ones")
     return run
+
+
+@functools.cache
+@torch.no_grad()
+def _redraws(run: Native | Compiled, device_type: str) -> bool:
+    """Tell whether a fused pass takes noise off as the eager one does; else the eager one is used."""
+    eager = Execution(foreach=False, fused=False)
+    words, options = noise_words((0,), 1), NoiseOptions(100.0, 1e-3, 0.9, 2.0, True)
+    start = torch.linspace(0.1, 1.0, 4000, dtype=torch.float32, device=device_type)
+    (theta, hess), (other, learned), grad = (start, start * 2), (start.clone(), start * 2), start * 3
+    for _ in eager.subtract_noise(theta, hess, grad, words, options):
+        pass
+    if not run.subtract_noise(other, learned, grad, words, options):
+        return False
+    alike = all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in ((theta, other), (hess, learned)))
+    if not alike:
+        logger.warning(NOT_COMPILED, "that for `low_memory` gives other numbers than the eager one")
+    return alike

@@ -83,8 +83,29 @@ def sample(mean: Tensor, hess: Tensor, standard_normal: Tensor, *, ess: float, w
         >>> sample(torch.ones(1), torch.tensor([0.5]), torch.tensor([-2.0]), ess=4.0, weight_decay=0.5)
         tensor([0.])
     """
-    std = (hess + weight_decay).mul_(ess).rsqrt_()
-    return std.mul_(standard_normal).add_(mean)
+    return perturbation(hess, standard_normal, ess=ess, weight_decay=weight_decay).add_(mean)
+
+
+def perturbation(hess: Tensor, standard_normal: Tensor, *, ess: float, weight_decay: float) -> Tensor:
+    r"""Return by how much a draw of the weights is away from the mean, :math:`\sigma \epsilon`.
+
+    Args:
+        hess: Diagonal Hessian estimate :math:`h`, any shape.
+        standard_normal: Draws :math:`\epsilon \sim N(0, 1)`, shape of `hess`.
+        ess: Effective sample size :math:`\lambda`, number of examples.
+        weight_decay: Prior precision per example :math:`\delta`, loss/param².
+
+    Returns:
+        The perturbation, shape of `hess`, param.
+
+    Source:
+        arXiv:2402.17641, Algorithm 1, line 2 with the variance of line 8.
+
+    Examples:
+        >>> perturbation(torch.tensor([0.5]), torch.tensor([-2.0]), ess=4.0, weight_decay=0.5)
+        tensor([-1.])
+    """
+    return (hess + weight_decay).mul_(ess).rsqrt_().mul_(standard_normal)
 
 
 def hess_hat_price(noise_grad: Tensor, hess: Tensor, *, ess: float, weight_decay: float) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_ivon.packs import Pack, addresses_of
-from hf_ivon.passes import UpdateOptions
+from hf_ivon.passes import NoiseOptions, UpdateOptions
 
 _SOURCE = Path(__file__).with_name("passes.cpp")
 _FLAGS = "-O3 -march=native -std=c++17 -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC".split()
@@ -66,6 +66,8 @@ class Native:
         self._take_product.argtypes = [number, *[pointer] * 4, factor, flag, flag]
         self._add_product = library.ivon_add_product
         self._add_product.argtypes = [number, *[pointer] * 5, factor, flag, flag]
+        self._subtract_noise = library.ivon_subtract_noise
+        self._subtract_noise.argtypes = [number, *[pointer] * 6, *[factor] * 4, flag, flag]
         self._square = library.ivon_square
         self._square.argtypes = [number, *[pointer] * 3, factor, flag, flag]
         self._update = library.ivon_update
@@ -79,18 +81,15 @@ class Native:
         self, theta: Tensor, prepared: Prepared, words: Tensor, ess: float, weight_decay: float, keep: bool = True
     ) -> bool:
         """Run the first pass on a whole tensor; see `Execution.sample_whole`."""
-        k0, k1, index, c2, c3 = words.tolist()
-        words_, indices = (ctypes.c_uint32 * 4)(k0, k1, c2, c3), (ctypes.c_uint32 * 1)(index)
         narrow, threads = theta.dtype == torch.bfloat16, _threads(theta.numel())
-        self._sample(1, *prepared, indices, words_, ess, weight_decay, keep, narrow, threads)
+        self._sample(1, *prepared, *_words(words), ess, weight_decay, keep, narrow, threads)
         torch.autograd.graph.increment_version(theta)
         return True
 
     def sample_pack(self, pack: Pack, words: Tensor, ess: float, weight_decay: float) -> None:
         """Run the first pass on the parameters of a pack; their means go into its buffer "mean"."""
-        k0, k1, _, c2, c3 = words.tolist()
+        _, key = _words(words)
         places = [pack.addresses(name) for name in ("params", "mean", "hess")]
-        key = (ctypes.c_uint32 * 4)(k0, k1, c2, c3)
         count, threads = len(pack.params), _threads(pack.starts[-1])
         self._sample(count, pack.sizes, *places, pack.numbers, key, ess, weight_decay, True, False, threads)
         torch.autograd.graph.increment_version(pack.weights)
@@ -116,17 +115,36 @@ class Native:
         self._add_product(1, _sizes(theta), *places, factor, narrow, threads)
         return True
 
+    def subtract_noise(
+        self, theta: Tensor, hess: Tensor, grad: Tensor | None, words: Tensor, options: NoiseOptions
+    ) -> bool:
+        """Run `passes.subtract_noise_lanes` on a whole tensor; the factor is a float."""
+        places = (addresses_of([t]) for t in (theta, hess, grad))
+        o, threads = options, _threads(theta.numel())
+        rates = o.ess, o.weight_decay, 1.0 - o.beta2, o.factor, o.first, threads
+        self._subtract_noise(1, _sizes(theta), *places, *_words(words), *rates)
+        torch.autograd.graph.increment_version((theta, hess))
+        return True
+
     def square(self, total: Tensor, grad: Tensor, factor: float, keep: bool) -> bool:
         """Run `passes.square`."""
         places = (addresses_of([t]) for t in (total, grad))
         self._square(1, _sizes(total), *places, factor, keep, _threads(total.numel()))
         return True
 
-    def update(self, tensors: Sequence[Tensor], prior_mean: Tensor | None, options: UpdateOptions) -> bool:
-        """Run `passes.update`; `tensors` are its first five."""
-        mean, _, _, momentum, hess = tensors
-        places = [addresses_of([t]) for t in tensors]
-        places.append(None if prior_mean is None else addresses_of([prior_mean]))
+    def update(
+        self,
+        mean: Tensor,
+        grad: Tensor,
+        curvature: Tensor | None,
+        momentum: Tensor,
+        hess: Tensor,
+        prior_mean: Tensor | None,
+        options: UpdateOptions,
+    ) -> bool:
+        """Run `passes.update`."""
+        tensors = mean, grad, curvature, momentum, hess, prior_mean
+        places = [None if t is None else addresses_of([t]) for t in tensors]
         narrow = momentum.dtype == torch.bfloat16
         self._update(1, _sizes(mean), *places, _options(options), narrow, _threads(mean.numel()))
         torch.autograd.graph.increment_version((mean, momentum, hess))
@@ -151,6 +169,12 @@ def _options(options: UpdateOptions) -> Any:
 
 def _sizes(tensor: Tensor) -> Any:
     return (ctypes.c_int64 * 1)(tensor.numel())
+
+
+def _words(words: Tensor) -> tuple[Any, Any]:
+    """Return the number of the tensor, and what its noise is a function of beside it."""
+    k0, k1, index, c2, c3 = words.tolist()
+    return (ctypes.c_uint32 * 1)(index), (ctypes.c_uint32 * 4)(k0, k1, c2, c3)
 
 
 def _some(array: Any, members: slice) -> Any:

@@ -20,7 +20,7 @@ from hf_ivon import functional, windows
 from hf_ivon.capture import GradientCapture
 from hf_ivon.execution import Execution
 from hf_ivon.interrupts import interrupts_deferred
-from hf_ivon.options import check_common_options, check_options, ess_of, group_of, is_squared, plain_numbers
+from hf_ivon.options import check_group, check_options, ess_of, group_of, is_squared, plain_numbers
 from hf_ivon.roster import Roster
 from hf_ivon.sampling import Draw, Noise, WeightSampler, prediction_noise, training_noise
 from hf_ivon.state import complete_state, match_saved_state, own_storage, restore_precision, set_prior_means
@@ -66,6 +66,8 @@ class IVON(torch.optim.Optimizer):
         prior_mean: ``"zero"``; ``"init"``, the weights at the first use; or one tensor per parameter, in order.
         eval_ess_scale: Factor on `ess` for predictions and what is saved, > 0; below 1 is wider than training used.
         momentum_dtype: ``"float32"``, or ``"bfloat16"`` to halve the gradient average; small tensors keep fp32.
+        low_memory: As little memory as AdamW: the noise of large fp32 tensors is drawn again and taken off, which
+            moves the mean by a rounding error, and the Hessian learns at once. For ``"price"`` and one MC sample.
         seed: Seed of the weight noise, which has a generator of its own, in [0, 2**63).
         foreach: Work on small tensors together; None does so.
         fused: Run each pass over memory as one compiled loop; None does so for models of more than a million trainable
@@ -96,6 +98,7 @@ class IVON(torch.optim.Optimizer):
         prior_mean: str | Iterable[Tensor] = "zero",
         eval_ess_scale: float = 1.0,
         momentum_dtype: str = "float32",
+        low_memory: bool = False,
         seed: int = 0,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -117,6 +120,7 @@ class IVON(torch.optim.Optimizer):
             "prior_mean": prior_mean if given is None else "given",
             "eval_ess_scale": eval_ess_scale,
             "momentum_dtype": momentum_dtype,
+            "low_memory": low_memory,
             "seed": seed,
             "foreach": foreach,
             "fused": fused,
@@ -133,7 +137,7 @@ class IVON(torch.optim.Optimizer):
         """Make what a checkpoint does not hold: sampler and capture, with their buffers."""
         self._execution = Execution(self.defaults["foreach"], self.defaults["fused"])
         self._roster = Roster(packs=self._execution.packs)
-        self._sampler = WeightSampler(self._execution)
+        self._sampler = WeightSampler(self._execution, self.defaults.get("low_memory", False))
         self._capture = GradientCapture(self._sampler, squared=is_squared(self.param_groups))
         self._inside = False
         self._eval_draws = 0
@@ -142,8 +146,10 @@ class IVON(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._inside:
             raise RuntimeError(windows.SAVED_INSIDE)
-        kept = super().__getstate__()
-        return {**kept, "state": defaultdict(dict, {p: own_storage(state) for p, state in self.state.items()})}
+        return {
+            **super().__getstate__(),
+            "state": defaultdict(dict, {p: own_storage(state) for p, state in self.state.items()}),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a deep copy; the hooks belong to the original and are made anew."""
@@ -166,10 +172,9 @@ class IVON(torch.optim.Optimizer):
             param_group = {**param_group, "prior_mean": "given"}
         param_group.update(plain_numbers(param_group))
         options = {**self.defaults, **param_group}
-        check_options(options)
+        check_group(options, self.param_groups, self.defaults)
         if options["prior_mean"] == "given" and given is None and hasattr(self, "_capture"):
             raise ValueError("`prior_mean` must be given for the new group too. Pass tensors, 'init' or 'zero' in it.")
-        check_common_options(options, self.param_groups, self.defaults)
         if self.param_groups:
             param_group.setdefault("window", self.param_groups[0]["window"])
         super().add_param_group(param_group)
@@ -367,8 +372,8 @@ class IVON(torch.optim.Optimizer):
     @torch.no_grad()
     def posterior_mean(self, p: Tensor) -> Tensor:
         """Return the posterior mean of one parameter, shape of `p`, fp32 (fp64 for fp64 parameters)."""
-        if p in self._sampler.means:
-            return self._sampler.means[p].clone()
+        if self._sampler.holds_sample(p):
+            return self._sampler.mean(p)
         return self._state(p, group_of(p, self.param_groups)).get("mean", p.detach()).clone()
 
     @torch.inference_mode(False)

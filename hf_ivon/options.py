@@ -77,6 +77,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "'float32' or 'bfloat16'",
         "'bfloat16' halves its memory.",
     ),
+    "low_memory": (lambda v: isinstance(v, bool), "True or False", "True keeps no copy of the weights in training."),
     "foreach": (lambda v: v is None or isinstance(v, bool), "True, False or None", "None chooses."),
     "fused": (lambda v: v is None or isinstance(v, bool), "True, False or None", "None chooses."),
     "seed": (lambda v: _integer(v) and 0 <= v < 2**63, "an integer in [0, 2**63)", "Pass a non-negative integer."),
@@ -134,25 +135,43 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"`{name}` must be {rule}, got {options[name]!r}. {remedy}")
 
 
-def check_common_options(
-    options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
-) -> None:
-    """Check that a new parameter group shares what cannot differ: how gradients are captured, and how passes run.
+def check_low_memory(options: Mapping[str, Any]) -> None:
+    """Check that a Hessian that learns in the backward pass can do so.
 
     Args:
-        options: Options of the new group.
+        options: All options of a parameter group.
+
+    Raises:
+        ValueError: If what it learns from is known only at the end of a step.
+    """
+    if options["low_memory"] and (options["hess_approx"] != "price" or options["mc_samples"] != 1):
+        raise ValueError(
+            f"`low_memory` must go with `hess_approx='price'` and `mc_samples=1`, got {options['hess_approx']!r} and "
+            f"{options['mc_samples']}: squares and averages of gradients are known only at the end of a step. Set "
+            f"them, or leave `low_memory` out; `momentum_dtype='bfloat16'` saves memory with any option."
+        )
+
+
+def check_group(options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> None:
+    """Check the options of a new parameter group, and that it shares with the others what cannot differ.
+
+    Args:
+        options: All options of the new group.
         groups: The groups that are there.
         defaults: Options of the optimizer.
 
     Raises:
-        ValueError: If one differs.
+        ValueError: If a value is out of range, does not go with another, or with the other groups: how gradients are
+            captured, and how passes run.
     """
+    check_options(options)
+    check_low_memory(options)
     if any(group["hess_approx"] != options["hess_approx"] for group in groups):
         raise ValueError(
             f"`hess_approx` must be the same in all groups, got {options['hess_approx']!r} beside "
             f"{groups[0]['hess_approx']!r}. Choose one."
         )
-    for name in ("foreach", "fused"):
+    for name in ("foreach", "fused", "low_memory"):
         if options[name] != defaults[name]:
             raise ValueError(
                 f"`{name}` must be the same in all groups, got {options[name]!r} in a group of an optimizer with "

@@ -232,6 +232,29 @@ void share_vectors(int64_t count, int threads, const int64_t* sizes, Work work) 
     });
 }
 
+// Calls work(tensor, at, draw, number) for each vector of each tensor, with its noise: that of W columns together.
+template <class Work>
+void share_columns(int64_t count, int threads, const int64_t* sizes, const uint32_t* indices, const Key& key,
+                   Work work) {
+    auto width = [=](int64_t i) { return (sizes[i] + 3) / 4; };
+    share(count, threads, width, [=, &key](int64_t i, int64_t from, int64_t to) {
+        for (int64_t column = from; column < to; column += W) {
+            Floats draws[4];
+            normals(column, indices[i], key, draws);
+            if (column + W <= to && 3 * width(i) + column + W <= sizes[i])
+                for (int lane = 0; lane < 4; lane++) work(i, lane * width(i) + column, draws[lane], All{});
+            else
+                for (int lane = 0; lane < 4; lane++) {
+                    int64_t at = lane * width(i) + column, number = std::min({to - column, sizes[i] - at, (int64_t)W});
+                    if (number > 0) work(i, at, draws[lane], number);
+                }
+        }
+    });
+}
+
+// The least Hessian, as hf_ivon/functional.py has it: the variance stays finite.
+float least_hess(float weight_decay) { return std::max(weight_decay * 0x1p-20f, 1e-30f) - weight_decay; }
+
 }  // namespace
 
 // ---------------------------------------------------------------------- the passes
@@ -241,27 +264,30 @@ namespace {
 template <class Weight>
 void sample(int64_t count, const int64_t* sizes, void* const* thetas, float* const* means, const float* const* hesses,
             const uint32_t* indices, const Key& key, float ess, float weight_decay, int keep, int threads) {
-    share(count, threads, [=](int64_t i) { return (sizes[i] + 3) / 4; }, [=, &key](int64_t i, int64_t from, int64_t to) {
-        const int64_t width = (sizes[i] + 3) / 4;
+    share_columns(count, threads, sizes, indices, key, [=](int64_t i, int64_t at, Floats draw, auto number) {
         Weight* theta = static_cast<Weight*>(thetas[i]);
-        auto work = [=](int64_t column, int lane, Floats draw, auto number) {
-            int64_t at = lane * width + column;
-            Floats mean = keep ? load(theta + at, number) : load(means[i] + at, number);
-            if (keep) store(means[i] + at, mean, number);
-            Floats std = reciprocal_root((load(hesses[i] + at, number) + weight_decay) * ess);
-            store(theta + at, mean + std * draw, number);
-        };
-        for (int64_t column = from; column < to; column += W) {
-            Floats draws[4];
-            normals(column, indices[i], key, draws);
-            if (column + W <= to && 3 * width + column + W <= sizes[i])
-                for (int lane = 0; lane < 4; lane++) work(column, lane, draws[lane], All{});
-            else
-                for (int lane = 0; lane < 4; lane++) {
-                    int64_t number = std::min({to - column, sizes[i] - lane * width - column, (int64_t)W});
-                    if (number > 0) work(column, lane, draws[lane], number);
-                }
+        Floats mean = keep ? load(theta + at, number) : load(means[i] + at, number);
+        if (keep) store(means[i] + at, mean, number);
+        Floats std = reciprocal_root((load(hesses[i] + at, number) + weight_decay) * ess);
+        store(theta + at, mean + std * draw, number);
+    });
+}
+
+void subtract_noise(int64_t count, const int64_t* sizes, float* const* thetas, float* const* hesses,
+                    const float* const* grads, const uint32_t* indices, const Key& key, float ess, float weight_decay,
+                    float rate, float factor, int first, int threads) {
+    const Floats floor = filled<Floats>(least_hess(weight_decay));
+    share_columns(count, threads, sizes, indices, key, [=](int64_t i, int64_t at, Floats draw, auto number) {
+        Floats hess = load(hesses[i] + at, number), precision = (hess + weight_decay) * ess;
+        Floats noise = reciprocal_root(precision) * draw;
+        if (grads[i]) {
+            Floats estimate = noise * load(grads[i] + at, number) * factor * precision;
+            Floats change = (first ? estimate - hess : estimate) * rate;
+            Floats learned = hess + (change / (hess + weight_decay) * 0.5f + 1.0f) * change;
+            learned = learned < floor ? floor : learned;
+            store(hesses[i] + at, learned - learned == 0.0f ? learned : hess, number);
         }
+        store(thetas[i] + at, load(thetas[i] + at, number) - noise, number);
     });
 }
 
@@ -304,6 +330,14 @@ void ivon_take_product(int64_t count, const int64_t* sizes, float* const* thetas
     });
 }
 
+// Takes the noise off `thetas`, drawn again, and where there is a gradient lets `hesses` learn from it times the noise.
+void ivon_subtract_noise(int64_t count, const int64_t* sizes, float* const* thetas, float* const* hesses,
+                         const float* const* grads, const uint32_t* indices, const uint32_t* words, float ess,
+                         float weight_decay, float rate, float factor, int first, int threads) {
+    const Key key(words);
+    subtract_noise(count, sizes, thetas, hesses, grads, indices, key, ess, weight_decay, rate, factor, first, threads);
+}
+
 // Adds gradient times noise to `totals`.
 void ivon_add_product(int64_t count, const int64_t* sizes, float* const* totals, void* const* thetas,
                       const float* const* means, void* const* grads, float factor, int narrow, int threads) {
@@ -335,20 +369,22 @@ void update(int64_t count, const int64_t* sizes, float* const* means, const floa
             const float* const* curvatures, void* const* momenta, float* const* hesses, const float* const* priors,
             const Options o, int threads) {
     const float delta = o.weight_decay;
-    const Floats floor = filled<Floats>(o.average ? 1e-30f : std::max(delta * 0x1p-20f, 1e-30f) - delta);
+    const Floats floor = filled<Floats>(o.average ? 1e-30f : least_hess(delta));
     const Floats most = filled<Floats>(o.clip_radius), least = -most;
     share_vectors(count, threads, sizes, [=](int64_t i, int64_t at, auto number) {
         Momentum* momenta_here = static_cast<Momentum*>(momenta[i]);
         Floats mean = load(means[i] + at, number), hess = load(hesses[i] + at, number);
-        Floats estimate = load(curvatures[i] + at, number) * o.inverse_divisor;
-        if (o.price) estimate *= (hess + delta) * o.ess;
         Floats momentum = load(momenta_here + at, number);
         momentum += (load(grads[i] + at, number) - momentum) * o.rate1;
         store(momenta_here + at, momentum, number);
-        Floats change = (estimate - hess) * o.rate2;
-        hess += o.average ? change : (change / (hess + delta) * 0.5f + 1.0f) * change;
-        hess = hess < floor ? floor : hess;  // of a comparison with NaN the other side is taken, which is NaN
-        store(hesses[i] + at, hess, number);
+        if (curvatures) {
+            Floats estimate = load(curvatures[i] + at, number) * o.inverse_divisor;
+            if (o.price) estimate *= (hess + delta) * o.ess;
+            Floats change = (estimate - hess) * o.rate2;
+            hess += o.average ? change : (change / (hess + delta) * 0.5f + 1.0f) * change;
+            hess = hess < floor ? floor : hess;  // of a comparison with NaN the other side is taken, which is NaN
+            store(hesses[i] + at, hess, number);
+        }
         Floats displacement = priors ? mean - load(priors[i] + at, number) : mean;
         Floats direction = (momentum * o.inverse_debias + displacement * delta) / (hess + delta);
         direction = direction < least ? least : direction;
@@ -361,7 +397,7 @@ void update(int64_t count, const int64_t* sizes, float* const* means, const floa
 
 extern "C" {
 
-// Runs lines 3 to 7 of Algorithm 1. `priors` may be null: zeros.
+// Runs lines 3 to 7 of Algorithm 1. `priors` may be null: zeros. So may `curvatures`: `hesses` stay as they are.
 void ivon_update(int64_t count, const int64_t* sizes, float* const* means, const float* const* grads,
                  const float* const* curvatures, void* const* momenta, float* const* hesses,
                  const float* const* priors, const Options* options, int narrow_momentum, int threads) {

@@ -1,4 +1,4 @@
-"""The three passes over memory of a training step: sample, take what the gradient says of the curvature, update.
+"""The passes over memory of a training step: sample, take what the gradient says of the curvature, update.
 
 Each is written once, on flat tensors of one length, in place. `hf_ivon.execution` runs it piece by piece, over packs
 of small tensors, or compiled; `passes.cpp` has the same for CPUs.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_ivon import functional
@@ -28,6 +29,16 @@ class UpdateOptions(NamedTuple):
     divisor: float
     price: bool
     average: bool
+
+
+class NoiseOptions(NamedTuple):
+    """The options of `subtract_noise_lanes`, in its order; see there."""
+
+    ess: float
+    weight_decay: float
+    beta2: float
+    factor: float | Tensor
+    first: bool
 
 
 def sample_lanes(
@@ -110,6 +121,63 @@ def add_product(total: Tensor, theta: Tensor, mean: Tensor, grad: Tensor, factor
     total.add_(noise.mul_(grad).mul_(factor))
 
 
+def subtract_noise_lanes(
+    thetas: Sequence[Tensor],
+    hesses: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    columns: Tensor,
+    words: Tensor,
+    ess: float,
+    weight_decay: float,
+    beta2: float,
+    factor: float | Tensor,
+    first: bool,
+) -> None:
+    """Take the noise off a weight sample, and let the Hessian learn from gradient times noise.
+
+    Args:
+        thetas: Lanes of a tensor that holds a weight sample, as for `sample_lanes`. Written to.
+        hesses: Hessian estimates that the sample was drawn with, shapes of `thetas`. Written to.
+        grads: Gradients at the sample, shapes of `thetas`; None leaves the Hessian as it is.
+        columns: Column numbers of the range, int64, (W,).
+        words: What the noise is a function of, those of the sample.
+        ess: λ, number of examples.
+        weight_decay: δ, loss/param².
+        beta2: Decay of the Hessian average.
+        factor: Multiplies the gradient.
+        first: Whether this is the first micro-batch of its step; the others add to its estimate.
+    """
+    for i, (theta, hess, eps) in enumerate(zip(thetas, hesses, normal_lanes(columns, words), strict=False)):
+        grad = None if grads is None else grads[i]
+        if eps.shape != theta.shape:
+            eps = eps[: theta.shape[0]]
+        subtract_noise(theta, hess, grad, eps, ess, weight_decay, beta2, factor, first)
+
+
+def subtract_noise(
+    theta: Tensor,
+    hess: Tensor,
+    grad: Tensor | None,
+    standard_normal: Tensor,
+    ess: float,
+    weight_decay: float,
+    beta2: float,
+    factor: float | Tensor,
+    first: bool,
+) -> None:
+    """Run `subtract_noise_lanes` on one tensor with its draws, which have its shape."""
+    noise = functional.perturbation(hess, standard_normal, ess=ess, weight_decay=weight_decay)
+    if grad is not None:
+        product = (noise * grad).mul_(factor)
+        hess_hat = functional.hess_hat_price(product, hess, ess=ess, weight_decay=weight_decay)
+        if not first:
+            hess_hat.add_(hess)  # the decay of this step has been
+        learned = functional.update_hess(hess, hess_hat, beta2=beta2, weight_decay=weight_decay)
+        # A gradient scaler skips a step whose gradients are not finite; the Hessian must not keep them.
+        hess.copy_(torch.where(torch.isfinite(learned), learned, hess))
+    theta.sub_(noise)
+
+
 def square(total: Tensor, grad: Tensor, factor: float | Tensor, keep: bool) -> None:
     """Put squared gradients in the place of earlier ones, or add them.
 
@@ -126,7 +194,7 @@ def square(total: Tensor, grad: Tensor, factor: float | Tensor, keep: bool) -> N
 def update(
     mean: Tensor,
     grad: Tensor,
-    curvature: Tensor,
+    curvature: Tensor | None,
     momentum: Tensor,
     hess: Tensor,
     prior_mean: Tensor | None,
@@ -149,7 +217,8 @@ def update(
     Args:
         mean: Posterior mean. Written to.
         grad: Gradient of the step, shape of `mean`.
-        curvature: Sum of gradient times noise, or of Hessian estimates; shape of `mean`.
+        curvature: Sum of gradient times noise, or of Hessian estimates; shape of `mean`. None leaves the Hessian as it
+            is: it has learned in the backward pass.
         momentum: Gradient average, shape of `mean`, in its dtype or bf16. Written to.
         hess: Hessian estimate, shape of `mean`. Written to.
         prior_mean: Prior mean, shape of `mean`; None is zero.
@@ -164,15 +233,16 @@ def update(
         price: Whether `curvature` holds gradient times noise.
         average: Whether the Hessian is a plain average of its estimates.
     """
-    hess_hat = curvature * (1.0 / divisor)
-    if price:
-        hess_hat = functional.hess_hat_price(hess_hat, hess, ess=ess, weight_decay=weight_decay)
     average_grad = functional.update_momentum(momentum, grad, beta1=beta1)
     momentum.copy_(average_grad)
-    if average:
-        hess.copy_(functional.average_hess(hess, hess_hat, decay=beta2))
-    else:
-        hess.copy_(functional.update_hess(hess, hess_hat, beta2=beta2, weight_decay=weight_decay))
+    if curvature is not None:
+        hess_hat = curvature * (1.0 / divisor)
+        if price:
+            hess_hat = functional.hess_hat_price(hess_hat, hess, ess=ess, weight_decay=weight_decay)
+        if average:
+            hess.copy_(functional.average_hess(hess, hess_hat, decay=beta2))
+        else:
+            hess.copy_(functional.update_hess(hess, hess_hat, beta2=beta2, weight_decay=weight_decay))
     direction = functional.newton_direction(
         mean,
         average_grad,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +16,15 @@ from hf_ivon.execution import Execution
 from hf_ivon.options import ess_of
 from hf_ivon.packs import Pack
 from hf_ivon.philox import noise_words
+from hf_ivon.redraw import RedrawnSamples
 from hf_ivon.state import adopt_changes, state_dtype
 
+logger = logging.getLogger(__name__)
+
+NO_EFFECT = (
+    "`low_memory=True` has no effect on these weights: it is for contiguous ones in fp32 that are not sharded; others "
+    "keep their means. Load the model in fp32 and train under autocast, or leave the option out."
+)
 # Streams of noise: the draws of training and those of prediction never meet.
 _TRAIN, _EVAL = 0, 1
 
@@ -82,15 +91,19 @@ class WeightSampler:
 
     Args:
         execution: How the passes over memory are run.
+        low_memory: Keep no copies of large parameters' means in training, see `hf_ivon.redraw`.
 
     Attributes:
         execution: How the passes over memory are run.
+        redrawn: The parameters whose means are not kept.
         means: Parameter to posterior mean, for the parameters that hold a weight sample now.
         written: Parameter whose mean is kept in its state, to its memory and version after the last write from here;
             other memory or a later version was written by others.
     """
 
-    def __init__(self, execution: Execution) -> None:
+    def __init__(self, execution: Execution, low_memory: bool = False) -> None:
+        self.redrawn = RedrawnSamples(execution)
+        self._low_memory = low_memory
         self.means: dict[Tensor, Tensor] = {}
         self.written: dict[Tensor, tuple[int, int]] = {}
         self.execution = execution
@@ -119,6 +132,8 @@ class WeightSampler:
         self._sharded = any(map(distributed.is_sharded, self._alone))
         for draw in draws:
             self._perturb_one(draw, train)
+        if train and self._low_memory and draws and not any(draw.p in self.redrawn for draw in draws):
+            _say_once(NO_EFFECT)
         for pack, key in packs.items():
             self._perturb_pack(pack, noise_words(key, 0), train)
         self.forget_copies()
@@ -127,6 +142,9 @@ class WeightSampler:
         p, options = draw.p, {"ess": ess_of(draw.group, train), "weight_decay": draw.group["weight_decay"]}
         weights, hess = distributed.local(p), distributed.local(draw.state["hess"])
         words = noise_words(draw.key, draw.index)
+        if train and self._low_memory and self.redrawn.can_hold(p, draw.state):
+            self.redrawn.perturb(p, draw.group, hess, words)
+            return
         if "mean" in draw.state:
             self.means[p] = mean = distributed.local(draw.state["mean"])
         else:
@@ -195,12 +213,13 @@ class WeightSampler:
     def give_back(self, buffers: Mapping[Tensor, Tensor]) -> None:
         """Take back what `borrow` or `take_products` returned, by parameter."""
         for p, buffer in buffers.items():
-            if not buffer._is_view():  # a view is part of a pack
+            if not buffer._is_view() and not self._low_memory:  # a view is part of a pack
                 self._spare.setdefault(p, []).append(buffer)
 
     def end_window(self, buffers: Mapping[Tensor, Tensor]) -> None:
         """Take back all that a window has kept: buffers as for `give_back`, and products in packs."""
         self.give_back(buffers)
+        self.redrawn.end_window()
         for pack in self._with_products:
             pack.free("product")
         self._with_products.clear()
@@ -211,7 +230,8 @@ class WeightSampler:
     ) -> dict[Tensor, Tensor]:
         """Put the mean back into parameters, and return gradient times noise, or the squared gradient, for each.
 
-        The product stands in the buffer that held the mean: to know both takes no more memory than one.
+        The product stands in the buffer that held the mean: to know both takes no more memory than one. Where no mean
+        is kept, the Hessian learns at once, and there is none.
 
         Args:
             grads: Parameter that holds a weight sample, and whose mean is not in its state, to its gradient.
@@ -227,6 +247,8 @@ class WeightSampler:
             if not all(grad is None for grad in taken):
                 self._take_from_pack(pack, taken, factor, squared)
                 products.update(zip(pack.params, pack.views("product"), strict=True))
+        for p in [p for p in grads if p in self.redrawn]:
+            self.redrawn.learn(p, grads[p], factor)
         for p in [p for p in self._borrowed if p in grads]:
             weights, mean = distributed.local(p), self.means[p]
             scale = factor if isinstance(factor, float) else 1.0
@@ -276,6 +298,14 @@ class WeightSampler:
             self._sampled_packs.clear()
             self.means.clear()
 
+    def holds_sample(self, p: Tensor) -> bool:
+        """Tell whether a parameter was given a weight sample in this context."""
+        return p in self.means or p in self.redrawn
+
+    def mean(self, p: Tensor) -> Tensor:
+        """Return a copy of the mean of a parameter for which `holds_sample` is true."""
+        return self.means[p].clone() if p in self.means else self.redrawn.mean(p)
+
     def forget_copies(self) -> None:
         """Drop copies of the weights as they were: casts that autocast keeps, whole tensors that FSDP keeps."""
         torch.clear_autocast_cache()
@@ -284,7 +314,7 @@ class WeightSampler:
 
     @torch.no_grad()
     def _write_means(self) -> None:
-        errors: list[BaseException] = []  # of one parameter, which must not be the others'
+        errors = self.redrawn.restore()  # of one parameter, which must not be the others'
         # In reverse: of two parameters on one storage, the first was saved before any write.
         for pack, name in reversed(self._sampled_packs.items()):
             try:
@@ -300,6 +330,11 @@ class WeightSampler:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _scale(products: Tensor, factor: Tensor, squared: bool) -> None:

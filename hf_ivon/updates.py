@@ -85,7 +85,8 @@ def _update_one(
     mean = state.get("mean", p.detach())
     local = distributed.local
     prior_mean = local(state["prior_mean"]) if "prior_mean" in state else None
-    grad, curvature = local(grad.to(mean.dtype)), local(capture.curvature(p))
+    grad, curvature = local(grad.to(mean.dtype)), capture.curvature(p)
+    curvature = None if curvature is None else local(curvature)
     execution.update(local(mean), grad, curvature, local(state["momentum"]), local(state["hess"]), prior_mean, options)
     if "mean" in state:
         p.copy_(mean)

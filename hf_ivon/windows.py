@@ -30,6 +30,10 @@ SHARDED_SAMPLES = (
     "Sharded parameters have one weight sample per step, so that contexts cannot be averaged, nor weighted. Set "
     "`mc_samples=1` and run one training context per micro-batch, or train without sharding."
 )
+REDRAWN_SAMPLES = (
+    "With `low_memory=True` the Hessian learns from each context as it ends, so that contexts cannot be averaged "
+    "afterwards. Let gradients add up, each loss weighted, or pass `low_memory=False`."
+)
 AUTOGRAD_GRAD = (
     "`torch.autograd.grad` with respect to parameters was called inside `sampled_params(train=True)`; its gradients "
     "cannot be told from those of the training loss. Call `loss.backward()` here, and `torch.autograd.grad` outside."

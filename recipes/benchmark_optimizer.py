@@ -36,9 +36,10 @@ from common import write_results
 
 from hf_ivon import IVON
 
-# Bytes that must be moved per weight: the step of AdamW, and IVON's three passes. An optimizer that keeps its weight
+# Bytes that must be moved per weight: the step of AdamW, and IVON's three passes; with `low_memory` these move 12, 20
+# and 24. An optimizer that keeps its weight
 # sample from one step to the next could do with 36.
-BYTES = {"adamw": 28, "ivon": 20 + 20 + 32}
+BYTES = {"adamw": 28, "ivon": 20 + 20 + 32, "ivon, low memory": 12 + 20 + 24}
 LOCAL = {"lr": 1e-3, "ess": 1e6, "hess_init": 0.1, "clip_radius": 1e-3}
 # As the presets for finetuning have it: another estimator, and a prior at the start.
 FISHER = {"hess_approx": "fisher", "batch_size": 16, "beta2": 0.98, "prior_mean": "init"}
@@ -80,6 +81,7 @@ def optimizers(names: list[str]) -> dict[str, Callable[[list[nn.Parameter]], tor
         "ivon fused": lambda params: IVON(params, fused=True, **LOCAL),
         "ivon fused, fisher": lambda params: IVON(params, fused=True, **LOCAL, **FISHER),
         "ivon fused, bf16 momentum": lambda params: IVON(params, fused=True, momentum_dtype="bfloat16", **LOCAL),
+        "ivon fused, low memory": lambda params: IVON(params, fused=True, low_memory=True, **LOCAL),
         "ivon foreach": lambda params: IVON(params, fused=False, **LOCAL),
         "ivon plain": lambda params: IVON(params, fused=False, foreach=False, **LOCAL),
     }

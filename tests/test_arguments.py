@@ -54,6 +54,7 @@ def test_defaults_are_the_papers_finetuning_setting():
         "temperature": 1.0,
         "eval_ess_scale": 1.0,
         "momentum_dtype": "float32",
+        "low_memory": False,
         "foreach": None,
         "fused": None,
     }
@@ -178,6 +179,8 @@ def test_optim_args_fill_the_same_options():
         ({"learning_rate": "fast"}, r"`learning_rate` must be a number, got 'fast'"),
         ({"weight_decay": -1e-5}, r"`weight_decay` must be a number of at least 0"),
         ({"fsdp": "full_shard", "fsdp_config": {"version": 1}}, r"does not support FSDP1\. Set version 2"),
+        ({"fsdp": "full_shard", "ivon_low_memory": True}, r"does not support low_memory with FSDP\. Leave it out"),
+        ({"ivon_low_memory": True, "ivon_hess_approx": "gradsq"}, r"`low_memory` must go with `hess_approx='price'`"),
         ({"fsdp": "full_shard", "ivon_mc_samples": 2}, r"does not support mc_samples above 1 with FSDP\. Set it to 1"),
     ],
 )  # fmt: skip

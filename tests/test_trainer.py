@@ -197,6 +197,25 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
     assert_same_run(plain, record(tmp_path, tiny.gpt2(0.1), **kwargs))
 
 
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"max_grad_norm": 0.05}], ids=str)
+def test_low_memory_changes_roundings_alone(tmp_path, settings):
+    """Who saves memory wants the same model; clipping comes after the Hessian has learned, as it should."""
+    settings = {"ivon_foreach": False, **settings}  # small tensors by themselves, which keep no mean then
+    kept = record(tmp_path / "kept", tiny.gpt2(0.1), **settings)
+    saved = record(tmp_path / "saved", tiny.gpt2(0.1), **settings, ivon_low_memory=True)
+    assert_same_run(kept, saved, rtol=1e-3, atol=1e-5)
+    assert not torch.equal(*(run.steps[-1][0]["transformer.wte.weight"] for run in (kept, saved)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_low_memory_accumulates_with_gradient_checkpointing(tmp_path, reentrant):
+    """Samples are taken off in the backward pass, which checkpointing runs in parts: all must be at one sample."""
+    settings = {"ivon_foreach": False, "ivon_low_memory": True, "gradient_accumulation_steps": 2}
+    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    plain = record(tmp_path / "plain", tiny.gpt2(0.1), **settings)
+    assert_same_run(plain, record(tmp_path / "checkpointing", tiny.gpt2(0.1), **settings, **kwargs))
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_models_train_alike(tmp_path, backend):
     """A compiled graph would keep weights of another draw, or bypass the gradient hooks."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_ivon.options import check_options
+from hf_ivon.options import check_low_memory, check_options
 from hf_ivon.training.presets import DEFAULTS, FISHER_START, PRESETS, convert, parse
 
 logger = logging.getLogger(__name__)
@@ -128,6 +128,13 @@ class IVONTrainingArguments(TrainingArguments):
     )
     ivon_momentum_dtype: str | None = field(
         default=None, metadata={"help": "'float32' (default), or 'bfloat16' to halve the memory of the momentum."}
+    )
+    ivon_low_memory: bool | None = field(
+        default=None,
+        metadata={
+            "help": "As little optimizer memory as AdamW's: weight samples are taken off by drawing them again, which "
+            "moves the mean by a rounding error. With 'price' and one MC sample. Default false."
+        },
     )
     ivon_seed: int | None = field(default=None, metadata={"help": "Seed of the weight noise. Default: seed."})
     ivon_foreach: bool | None = field(
@@ -298,6 +305,7 @@ class IVONTrainingArguments(TrainingArguments):
                 check_options({key: value})
             except ValueError as err:  # the message names the option as it was given
                 raise ValueError(str(err).replace(f"`{key}`", f"`{names.get(key, key)}`", 1)) from None
+        check_low_memory(options)
         return options
 
 
@@ -311,11 +319,12 @@ def check_supported(args: TrainingArguments) -> None:
         ValueError: If they ask for it; the message names the alternative.
     """
     version = int((args.fsdp_config or {}).get("version", 2))
-    samples = IVONTrainingArguments.ivon_options(args)["mc_samples"] if args.optim == "ivon" else 1
+    options = IVONTrainingArguments.ivon_options(args) if args.optim == "ivon" else DEFAULTS
     refused = {
         "DeepSpeed (it steps inside the backward pass)": (args.deepspeed_plugin is not None, "Leave out --deepspeed"),
         "FSDP1": (bool(args.fsdp) and version == 1, "Set version 2 in --fsdp_config"),
-        "mc_samples above 1 with FSDP": (bool(args.fsdp) and samples > 1, "Set it to 1"),
+        "mc_samples above 1 with FSDP": (bool(args.fsdp) and options["mc_samples"] > 1, "Set it to 1"),
+        "low_memory with FSDP": (bool(args.fsdp) and options["low_memory"], "Leave it out, as memory is sharded"),
     }
     for what, (asked, remedy) in refused.items():
         if asked:

@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "prior_on": "all",
     "eval_ess_scale": 1.0,
     "momentum_dtype": "float32",
+    "low_memory": False,
     "seed": None,
     "foreach": None,
     "fused": None,
@@ -49,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pretraining": {"learning_rate": 0.5, "weight_decay": 1e-6, "ess": 5e6, "relative_sigma": 0.05},
 }
 _STRINGS = ("preset", "hess_approx", "prior_mean", "prior_on", "momentum_dtype")
-_BOOLEANS = ("rescale_lr", "debias", "foreach", "fused")
+_BOOLEANS = ("rescale_lr", "debias", "foreach", "fused", "low_memory")
 _INTEGERS = ("mc_samples", "seed")
 
 
