@@ -366,7 +366,7 @@ class GradientCapture:
             raise RuntimeError(windows.MIXED)
         self.averaged = cleared.pop()
         sharded = any(map(distributed.is_sharded, context.seen))
-        if self.averaged and (sharded or not context.seen.isdisjoint(self._sampler.redrawn)):
+        if self.averaged and (sharded or not context.seen.isdisjoint(self._sampler.redrawn.sampled())):
             self._broken |= context.seen
             raise RuntimeError(windows.SHARDED_SAMPLES if sharded else windows.REDRAWN_SAMPLES)
 

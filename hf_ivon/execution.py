@@ -34,11 +34,13 @@ class Execution:
     Args:
         foreach: Small tensors are worked on together, in packs; None does so.
         fused: Each pass is one loop; None does so for models of more than a million trainable weights.
+        compiled: Also where a loop has to be compiled by `torch.compile`, which takes seconds.
     """
 
-    def __init__(self, foreach: bool | None, fused: bool | None) -> None:
+    def __init__(self, foreach: bool | None, fused: bool | None, compiled: bool = True) -> None:
         self.packs = foreach is None or foreach
         self._fused = fused
+        self._compiled = compiled
 
     def plan(self, num_weights: int) -> None:
         """Settle what None means for `fused`, once the number of trainable weights is known."""
@@ -53,7 +55,7 @@ class Execution:
             t.device == first.device and t.numel() == first.numel() and is_plain(t) for t in (*tensors, *narrow)
         ):
             return None
-        run = fused_passes(first.device.type)
+        run = fused_passes(first.device.type) if self._compiled else native_passes(first.device.type)
         if run is None or first.numel() < run.smallest or any(t.dtype != torch.float32 for t in tensors):
             return None
         kinds = {t.dtype for t in narrow}
@@ -106,7 +108,7 @@ class Execution:
         """Put a weight sample into a tensor.
 
         Args:
-            theta: Holds the mean, or, in a narrower dtype, its rounded value. Written to.
+            theta: Written to; of the dtype of `mean` or a narrower one.
             mean: The mean, shape of `theta`.
             hess: Hessian estimate, shape and dtype of `mean`.
             words: Output of `noise_words`.
@@ -126,7 +128,7 @@ class Execution:
         if theta.dtype == mean.dtype and theta.numel() == total and theta.is_contiguous() and hess.is_contiguous():
             for begin, end, (thetas, means, hesses) in _pieces(theta, mean, hess):
                 columns = torch.arange(begin, end, device=theta.device)
-                passes.sample_lanes(thetas, means, hesses, columns, words, ess, weight_decay)
+                passes.sample_lanes(thetas, means, hesses, columns, words, ess, weight_decay, keep=False)
             return
         for part, m, h in cache_sized(theta, mean, hess):
             noise = normal_range(start, start + m.numel(), total, words).to(m.dtype).view(m.shape)
@@ -286,7 +288,7 @@ def _pieces(*tensors: Tensor, begin: int = 0, end: int | None = None) -> Iterato
         yield start, stop, [[lane[start:stop] for lane in tensor] for tensor in of_each]
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 def fused_passes(device_type: str) -> Native | Compiled | None:
@@ -299,23 +301,40 @@ def fused_passes(device_type: str) -> Native | Compiled | None:
     return None if isinstance(run, Compiled) and run.failed else run
 
 
+def native_passes(device_type: str) -> Native | None:
+    """Return the passes in C++, after such a comparison; None if there are none for these devices."""
+    with _lock:
+        return _make_native() if device_type == "cpu" else None
+
+
+@functools.cache
+@torch.no_grad()
+def _make_native() -> Native | None:
+    try:
+        run = Native()
+        _check(run, "cpu")
+    except (OSError, AttributeError, ArithmeticError) as error:
+        logger.info("The passes in C++ cannot be used (%s).", error)
+        return None
+    return run
+
+
 @functools.cache
 @torch.no_grad()
 def _make_and_check(device_type: str) -> Native | Compiled | None:
-    if device_type == "cpu":
-        try:
-            return _checked(Native(), device_type)
-        except (OSError, AttributeError, ArithmeticError) as error:
-            logger.info("The passes in C++ cannot be used (%s). `torch.compile` makes others.", error)
+    if (native := native_passes(device_type)) is not None:
+        return native
+    run = Compiled()
     try:
-        return _checked(Compiled(), device_type)
+        _check(run, device_type)
     except ArithmeticError as error:
         logger.warning(NOT_COMPILED, error)
         return None
+    return run
 
 
-def _checked(run: Native | Compiled, device_type: str) -> Native | Compiled:
-    """Return the passes after a comparison with the eager ones on a few numbers.
+def _check(run: Native | Compiled, device_type: str) -> None:
+    """Compare the passes with the eager ones on a few numbers.
 
     Raises:
         ArithmeticError: If they differ.
@@ -350,10 +369,9 @@ def _checked(run: Native | Compiled, device_type: str) -> Native | Compiled:
             tensors.append(drawn)
             expected.append(start)
         if not all(ran):
-            return run  # it has said why, and is not used
+            return  # it has said why, and is not used
         if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(tensors, expected, strict=True)):
             raise ArithmeticError("the fused passes give other numbers than the eager ones")
-    return run
 
 
 @functools.cache

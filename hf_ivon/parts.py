@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from hf_ivon import functional
+from hf_ivon.execution import Execution
+from hf_ivon.philox import noise_words
 from hf_ivon.posterior_config import PosteriorConfig
 
 _LISTED = 8
@@ -140,10 +142,39 @@ def converted(name: str, variance: Tensor, dtype: torch.dtype) -> Tensor:
     return variance.to(dtype)
 
 
-def perturbed(mean: Tensor, variance: Tensor, generator: torch.Generator | None, ess_scale: float) -> Tensor:
-    """Return a draw of one tensor, in the dtype and on the device of the mean; its noise is drawn on the CPU."""
-    noise = torch.randn(variance.shape, generator=generator, dtype=variance.dtype, device="cpu").to(variance.device)
-    for part, var in functional.cache_sized(noise, variance):
-        part.mul_((var / ess_scale).sqrt_())
-    dtype = torch.promote_types(mean.dtype, variance.dtype)  # neither a bf16 nor an fp64 mean is rounded by the sum
-    return noise.to(mean.device, dtype).add_(mean.detach().to(dtype)).to(mean.dtype)
+class Draw:
+    """One draw of all tensors of a posterior, the same on every device: by the passes that training samples with.
+
+    `torch.compile` is left out: it takes longer than the draws of most predictions.
+
+    Args:
+        shapes: Shape of each tensor; more than a million weights are drawn by a fused pass, where there is one.
+        generator: On the CPU; its next two numbers say which draw it is. None is torch's global one.
+    """
+
+    def __init__(self, shapes: Iterable[Sequence[int]], generator: torch.Generator | None) -> None:
+        self._key = tuple(torch.randint(2**63 - 1, (2,), generator=generator).tolist())
+        self._execution = Execution(foreach=False, fused=None, compiled=False)
+        self._execution.plan(sum(map(math.prod, shapes)))
+
+    @torch.no_grad()
+    def tensor(self, index: int, mean: Tensor, variance: Tensor, ess_scale: float) -> Tensor:
+        """Return the draw of one tensor.
+
+        Args:
+            index: Its number, which its noise is a function of.
+            mean: Its mean, any shape, dtype and device.
+            variance: Its variance, shape of `mean`, param².
+            ess_scale: Factor on the precision.
+
+        Returns:
+            The draw, in the shape and dtype and on the device of the mean.
+        """
+        dtype = torch.promote_types(torch.promote_types(mean.dtype, variance.dtype), torch.float32)
+        center = mean.detach().to(dtype).contiguous()
+        # A Hessian without a prior, where one example counts for `ess_scale`: the pass then has this precision.
+        precision = variance.to(center.device, dtype).reciprocal()
+        draw = torch.empty_like(center)
+        words = noise_words(self._key, index)
+        self._execution.sample(draw, center, precision.contiguous(), words, ess=ess_scale, weight_decay=0.0)
+        return draw.to(mean.dtype)

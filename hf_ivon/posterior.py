@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_ivon import distributed, functional
 from hf_ivon.mean import match_problems, mean_digest, posterior_keys, weights_lock, write_back
 from hf_ivon.options import ess_of
-from hf_ivon.parts import config_of_part, converted, names_below, perturbed, scaled_config
+from hf_ivon.parts import Draw, config_of_part, converted, names_below, scaled_config
 from hf_ivon.posterior_config import PosteriorConfig, library_versions, one_or_all
 from hf_ivon.tensor_files import TensorFiles, headers
 
@@ -174,7 +174,7 @@ class Posterior:
         Args:
             mean: Mean by tensor name, as for `sample`; of a mapping that reads files, such as `TensorFiles`, too, one
                 tensor is read at a time.
-            generator: Source of the noise, on the CPU; None is torch's global one. It moves on with each tensor.
+            generator: Source of the noise, on the CPU; None is torch's global one.
             ess_scale: Factor on the precision: above 1 the posterior is narrower than it was saved.
 
         Returns:
@@ -273,9 +273,10 @@ class Posterior:
     def _draw(
         self, mean: Mapping[str, Tensor], generator: torch.Generator | None, ess_scale: float
     ) -> Iterator[tuple[str, Tensor]]:
-        """Draw tensor by tensor in the order of names, so that a draw does not depend on the model's device."""
-        for name in self.names():
-            yield name, perturbed(mean[name], self._variance(name), generator, ess_scale)
+        """Draw tensor by tensor in the order of names."""
+        draw = Draw([header.shape for header in headers(self.variance).values()], generator)
+        for index, name in enumerate(self.names()):
+            yield name, draw.tensor(index, mean[name], self._variance(name), ess_scale)
 
     @classmethod
     def from_optimizer(

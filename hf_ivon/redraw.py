@@ -6,7 +6,7 @@ end of a context whose gradients are its own, and else in the backward pass, as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,8 +56,9 @@ class RedrawnSamples:
         """Tell whether a parameter has had its sample from here in this window."""
         return p in self._drawn
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._drawn)
+    def sampled(self) -> list[Tensor]:
+        """Return these parameters."""
+        return list(self._drawn)
 
     @staticmethod
     def can_hold(p: Tensor, state: Mapping[str, Any]) -> bool:

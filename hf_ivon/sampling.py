@@ -247,8 +247,9 @@ class WeightSampler:
             if not all(grad is None for grad in taken):
                 self._take_from_pack(pack, taken, factor, squared)
                 products.update(zip(pack.params, pack.views("product"), strict=True))
-        for p in [p for p in grads if p in self.redrawn]:
-            self.redrawn.learn(p, grads[p], factor)
+        for p in self.redrawn.sampled():
+            if p in grads:
+                self.redrawn.learn(p, grads[p], factor)
         for p in [p for p in self._borrowed if p in grads]:
             weights, mean = distributed.local(p), self.means[p]
             scale = factor if isinstance(factor, float) else 1.0

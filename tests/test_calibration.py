@@ -154,11 +154,11 @@ def test_all_components_of_a_mixture_count():
     model, posterior, data = coin(6.0, 1.0, 1.0)
     means = [{"log_odds": torch.tensor([value])} for value in (6.0, 0.5)]
     fits = [
-        fit_ess_scale(model, Mixture(order, [posterior, posterior]), data, loss=0.4, num_samples=4)
+        fit_ess_scale(model, Mixture(order, [posterior, posterior]), data, loss=0.4, num_samples=64)
         for order in (means, means[::-1])
     ]
-    assert fits[0] == pytest.approx(fits[1], rel=0.7)
-    assert fits[0] > 1.5 * fit_ess_scale(model, posterior, data, loss=0.4, num_samples=4)
+    assert fits[0] == pytest.approx(fits[1], rel=0.7)  # of 32 draws each, whose losses have long tails
+    assert fits[0] > 1.5 * fit_ess_scale(model, posterior, data, loss=0.4, num_samples=64)
 
 
 def test_language_models_and_what_cannot_be_fitted():

@@ -20,11 +20,14 @@ COMPILED_SIZE = MAX_ELEMENTS
 @contextmanager
 def fresh_passes():
     """Have the fused passes made anew, here and afterwards."""
-    execution._make_and_check.cache_clear()
+    made = execution._make_native, execution._make_and_check
+    for function in made:
+        function.cache_clear()
     try:
         yield
     finally:
-        execution._make_and_check.cache_clear()
+        for function in made:
+            function.cache_clear()
 
 
 def no_native():
