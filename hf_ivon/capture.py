@@ -234,7 +234,7 @@ class GradientCapture:
                 f"of `mc_samples` contexts per step, pass a closure to `step`, or set `mc_samples` to what you run."
             )
 
-    def reduce(self, params: Iterable[Tensor]) -> None:
+    def reduce(self, params: Sequence[Tensor]) -> None:
         """Average what the window captured over the processes, if there are several; all must call this.
 
         Args:
@@ -242,13 +242,11 @@ class GradientCapture:
         """
         if distributed.world_size() == 1 or self.squared:  # squares are of reduced gradients
             return
-        params = list(params)
         redrawn = self._sampler.redrawn
-        redrawn.average(p for p in params if p in redrawn)
+        redrawn.average(params)
         groups = [p for p in params if p in self._started and replicas.is_replicated(p)]
         replicas.average_over_groups(groups, [distributed.local(self._buffers[p]) for p in groups])
-        # Sharded gradients come reduced.
-        whole = [p for p in params if not (p in redrawn or distributed.is_sharded(p))]
+        whole = [p for p in params if not (p in redrawn or distributed.is_sharded(p))]  # sharded ones come reduced
         for p in whole:
             if p not in self._started:
                 self._started.add(p)

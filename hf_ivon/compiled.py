@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_ivon import passes
 from hf_ivon.packs import MAX_ELEMENTS
-from hf_ivon.passes import NoiseOptions, UpdateOptions
+from hf_ivon.passes import NoiseOptions, UpdateOptions, UpdateTensors
 
 logger = logging.getLogger(__name__)
 
@@ -96,18 +96,9 @@ class Compiled:
         """Run `passes.square`."""
         return self._call("square", *map(_flat, (total, grad)), factor, keep)
 
-    def update(
-        self,
-        mean: Tensor,
-        grad: Tensor,
-        curvature: Tensor | None,
-        momentum: Tensor,
-        hess: Tensor,
-        prior_mean: Tensor | None,
-        options: UpdateOptions,
-    ) -> bool:
+    def update(self, tensors: UpdateTensors, options: UpdateOptions) -> bool:
         """Run `passes.update`."""
-        tensors = mean, grad, curvature, momentum, hess, prior_mean
+        mean, _, _, momentum, hess, _ = tensors
         done = self._call("update", *map(_flat, tensors), *options)
         if done:
             torch.autograd.graph.increment_version((mean, momentum, hess))

@@ -269,7 +269,7 @@ class Execution:
         given = mean, grad, curvature, momentum, hess, prior_mean
         tensors = [t for t in given if t is not None]
         run = self._fused_passes(*(t for t in tensors if t is not momentum), narrow=(momentum,))
-        if run is not None and run.update(*given, options):
+        if run is not None and run.update(given, options):
             return
         for piece in cache_sized(*tensors):
             rest = iter(piece)
@@ -360,7 +360,7 @@ def _check(run: Native | Compiled, device_type: str) -> None:
             run.add_product(total, theta, mean, grad, 2.0),
             run.square(total, grad, 2.0, True),
             run.take_product(theta, mean, grad, 1.0, False),
-            run.update(theta, grad, mean, momentum, hess, None, options),
+            run.update((theta, grad, mean, momentum, hess, None), options),
         ]
         if isinstance(run, Compiled):
             columns, drawn = torch.arange(size // 4, device=device_type), torch.empty_like(start)

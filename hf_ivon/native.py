@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_ivon.packs import Pack, addresses_of
-from hf_ivon.passes import NoiseOptions, UpdateOptions
+from hf_ivon.passes import NoiseOptions, UpdateOptions, UpdateTensors
 
 _SOURCE = Path(__file__).with_name("passes.cpp")
 _FLAGS = "-O3 -march=native -std=c++17 -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC".split()
@@ -132,18 +132,9 @@ class Native:
         self._square(1, _sizes(total), *places, factor, keep, _threads(total.numel()))
         return True
 
-    def update(
-        self,
-        mean: Tensor,
-        grad: Tensor,
-        curvature: Tensor | None,
-        momentum: Tensor,
-        hess: Tensor,
-        prior_mean: Tensor | None,
-        options: UpdateOptions,
-    ) -> bool:
+    def update(self, tensors: UpdateTensors, options: UpdateOptions) -> bool:
         """Run `passes.update`."""
-        tensors = mean, grad, curvature, momentum, hess, prior_mean
+        mean, _, _, momentum, hess, _ = tensors
         places = [None if t is None else addresses_of([t]) for t in tensors]
         narrow = momentum.dtype == torch.bfloat16
         self._update(1, _sizes(mean), *places, _options(options), narrow, _threads(mean.numel()))

@@ -45,18 +45,16 @@ class IVON(torch.optim.Optimizer):
     summed if the gradients add up (gradient accumulation; the losses carry the weights).
 
     Args:
-        params: Parameters or groups of them; groups share `hess_approx`, `foreach` and `fused`, no other option.
+        params: Parameters or groups of them, which share `hess_approx`, `low_memory`, `foreach` and `fused`.
         lr: Learning rate, at least 0.
         ess: Effective sample size λ, number of training examples (of label tokens for a language model), > 0.
         hess_init: Start value h0 of the Hessian, loss/param² per example, > 0.
         beta1: Decay of the gradient average, in [0, 1).
         beta2: Decay of the Hessian average, in [0, 1).
         weight_decay: Prior precision per example δ, loss/param², at least 0.
-        mc_samples: Weight samples a step, at least 1: what `step(closure)` runs; in a loop of your own, the number of
-            training contexts must be a multiple of it.
+        mc_samples: Weight samples a step, at least 1: what `step(closure)` runs; your own contexts are a multiple.
         clip_radius: Element-wise bound ξ of the Newton step, > 0; inf is off.
-        rescale_lr: Multiply `lr` by ``hess_init + weight_decay``, so that first steps have the size of `lr`. Has no
-            effect when clipping is on.
+        rescale_lr: Without clipping, multiply `lr` by ``hess_init + weight_decay``: first steps have the size of `lr`.
         debias: Divide the gradient average by ``1 - beta1**t``.
         hess_approx: ``"price"``, the reparameterization estimator of Equation 3; ``"gradsq"``, the squared gradient of
             the step's batch (Appendix B.2); or ``"fisher"``, that times `batch_size`, averaged with
@@ -70,8 +68,8 @@ class IVON(torch.optim.Optimizer):
             moves the mean by a rounding error, and the Hessian learns at once. For ``"price"`` and one MC sample.
         seed: Seed of the weight noise, which has a generator of its own, in [0, 2**63).
         foreach: Work on small tensors together; None does so.
-        fused: Run each pass over memory as one compiled loop; None does so for models of more than a million trainable
-            weights. Without a compiler they run eagerly, which is slower.
+        fused: Run each pass over memory as one compiled loop, where there is a compiler; None does so for models of
+            more than a million trainable weights.
 
     Raises:
         ValueError: If an option is out of range.
@@ -146,10 +144,8 @@ class IVON(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._inside:
             raise RuntimeError(windows.SAVED_INSIDE)
-        return {
-            **super().__getstate__(),
-            "state": defaultdict(dict, {p: own_storage(state) for p, state in self.state.items()}),
-        }
+        kept = super().__getstate__()
+        return {**kept, "state": defaultdict(dict, {p: own_storage(state) for p, state in self.state.items()})}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a deep copy; the hooks belong to the original and are made anew."""
@@ -304,7 +300,7 @@ class IVON(torch.optim.Optimizer):
                     self._state(p, group)
             return loss
         self._capture.check(params, self.param_groups, self._mc_samples())
-        self._capture.reduce(p for _, p in self._parameters() if p.requires_grad)
+        self._capture.reduce([p for _, p in self._parameters() if p.requires_grad])
         self._roster.refresh(self.param_groups, self.state)
         entries = [Entry(p, g, self._state(p, g)) for _, g, p in self._roster.singles if p.grad is not None]
         apply_updates(self._roster.packs, entries, self._capture, self._sampler, self._execution)

@@ -31,6 +31,10 @@ class UpdateOptions(NamedTuple):
     average: bool
 
 
+# The tensors of `update`, in its order; see there.
+UpdateTensors = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
+
+
 class NoiseOptions(NamedTuple):
     """The options of `subtract_noise_lanes`, in its order; see there."""
 

@@ -141,10 +141,10 @@ class RedrawnSamples:
         Each process had its own noise, and its means its own roundings: these are averaged too.
 
         Args:
-            params: Parameters that had samples from here, in the same order everywhere. One that has got a gradient
-                from other processes alone counts as one whose own was zero.
+            params: Parameters in the same order everywhere; of interest are those that had samples from here. One that
+                has got a gradient from other processes alone counts as one whose own was zero.
         """
-        params = list(params)
+        params = [p for p in params if p in self._drawn]
         for p in params:
             if p.grad is not None and p not in self._learned:
                 self._learned.add(p)

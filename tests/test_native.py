@@ -115,7 +115,7 @@ def test_updates_of_every_size(run, momentum, prior, price, average):
         tensors = [mean, grad, curvature - 0.5, average_grad.to(momentum), hess]
         expected = [t.clone() for t in tensors]
         options = OPTIONS._replace(price=price, average=average, divisor=3.0, clip_radius=0.5)
-        run.update(*tensors, prior_mean if prior else None, options)
+        run.update((*tensors, prior_mean if prior else None), options)
         passes.update(*expected, prior_mean if prior else None, *options)
         for got, want in zip(tensors, expected, strict=True):
             bf16 = got.dtype == torch.bfloat16  # a last bit may be rounded the other way
@@ -134,7 +134,7 @@ def test_values_at_the_ends_of_the_range_come_out_as_in_python(run):
             tensors += [b.clone(), hess.clone()]
             expected = [t.clone() for t in tensors]
             options = OPTIONS._replace(clip_radius=clip_radius)
-            run.update(*tensors, None, options)
+            run.update((*tensors, None), options)
             passes.update(*expected, None, *options)
             for got, want in zip(tensors, expected, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-30, equal_nan=True)
@@ -152,7 +152,7 @@ def test_bf16_is_rounded_as_torch_does(run):
     grad = words.view(torch.float32)
     momentum = torch.zeros(grad.shape, dtype=torch.bfloat16)
     tensors = [torch.zeros_like(grad), grad, torch.zeros_like(grad), momentum, torch.ones_like(grad)]
-    run.update(*tensors, None, OPTIONS._replace(beta1=0.0))
+    run.update((*tensors, None), OPTIONS._replace(beta1=0.0))
     assert torch.equal(momentum.isnan(), grad.isnan())
     finite = ~grad.isnan()
     assert torch.equal(momentum[finite], grad.bfloat16()[finite])
@@ -183,9 +183,9 @@ def test_bytes_that_each_pass_moves(monkeypatch, tmp_path):
     assert per_weight(lambda: run.take_product(mean, curvature, grad, 1.0, False)) == 20
     assert per_weight(lambda: run.add_product(curvature, mean, prior_mean, grad, 1.0)) == 20
     assert per_weight(lambda: run.square(curvature, grad, 1.0, False)) == 8
-    assert per_weight(lambda: run.update(mean, grad, curvature, momentum, hess, None, OPTIONS)) == 32
-    assert per_weight(lambda: run.update(mean, grad, None, momentum, hess, None, OPTIONS)) == 24
-    assert per_weight(lambda: run.update(mean, grad, curvature, bf16, hess, prior_mean, OPTIONS)) == 32
+    assert per_weight(lambda: run.update((mean, grad, curvature, momentum, hess, None), OPTIONS)) == 32
+    assert per_weight(lambda: run.update((mean, grad, None, momentum, hess, None), OPTIONS)) == 24
+    assert per_weight(lambda: run.update((mean, grad, curvature, bf16, hess, prior_mean), OPTIONS)) == 32
 
 
 def trained(params, **options):
