@@ -142,7 +142,7 @@ class GradientCapture:
         changed = any(context.late[p] != (id(g), g._version) and not g._is_view() for p, g in grads.items())
         if changed:
             self._late = False
-            logger.warning(windows.CHANGED_SQUARES if self.squared else windows.CHANGED)
+            logger.warning(windows.changed(self.squared, bool(self._sampler.redrawn.sampled())))
         self._buffers.update(self._sampler.take_products(grads, context.inverse_scale, self.squared))
         self._started.update(grads)
 

@@ -196,9 +196,9 @@ class Execution:
         """Take off what `add_noise` put on, and let the Hessian learn from gradient times noise.
 
         Args:
-            theta: Holds the weight sample. Written to.
+            theta: Holds the weight sample, contiguous. Written to.
             hess: Hessian estimate that it was drawn with, shape of `theta`, contiguous. Written to.
-            grad: Gradient at the sample, shape of `theta`; None leaves the Hessian as it is.
+            grad: Gradient at the sample, shape of `theta`, contiguous; None leaves the Hessian as it is.
             words: Those of the sample.
             options: See `passes.subtract_noise_lanes`.
             begin: First column with noise, in whole pieces.
@@ -211,23 +211,15 @@ class Execution:
         end = width if end is None else end
         tensors = [theta, hess, *([] if grad is None else [grad])]
         run = self._fused_passes(*tensors) if (begin, end) == (0, width) else None
-        if isinstance(run, Native) and isinstance(options.factor, Tensor):
-            run = None
         if run is not None and _redraws(run, theta.device.type):
             if run.subtract_noise(theta, hess, grad, words, options):
                 yield width
                 return
         words = words.to(theta.device, non_blocking=True)
-        if all(is_plain(t) for t in tensors):
-            for start, stop, lanes_of in _pieces(*tensors, begin=begin, end=end):
-                columns = torch.arange(start, stop, device=theta.device)
-                thetas, hesses, *grads = lanes_of
-                passes.subtract_noise_lanes(thetas, hesses, grads[0] if grads else None, columns, words, *options)
-                yield stop
-            return
-        noise = normal_range(0, theta.numel(), theta.numel(), words).view(theta.shape)
-        passes.subtract_noise(theta, hess, grad, noise, *options)
-        yield width
+        for start, stop, (thetas, hesses, *grads) in _pieces(*tensors, begin=begin, end=end):
+            columns = torch.arange(start, stop, device=theta.device)
+            passes.subtract_noise_lanes(thetas, hesses, grads[0] if grads else None, columns, words, *options)
+            yield stop
 
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> None:
         """Run `passes.take_product` on tensors of any size."""

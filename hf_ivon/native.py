@@ -118,7 +118,9 @@ class Native:
     def subtract_noise(
         self, theta: Tensor, hess: Tensor, grad: Tensor | None, words: Tensor, options: NoiseOptions
     ) -> bool:
-        """Run `passes.subtract_noise_lanes` on a whole tensor; the factor is a float."""
+        """Run `passes.subtract_noise_lanes` on a whole tensor."""
+        if grad is not None and isinstance(options.factor, Tensor):
+            grad, options = grad * options.factor, options._replace(factor=1.0)
         places = (addresses_of([t]) for t in (theta, hess, grad))
         o, threads = options, _threads(theta.numel())
         rates = o.ess, o.weight_decay, 1.0 - o.beta2, o.factor, o.first, threads

@@ -20,7 +20,7 @@ from hf_ivon import functional, windows
 from hf_ivon.capture import GradientCapture
 from hf_ivon.execution import Execution
 from hf_ivon.interrupts import interrupts_deferred
-from hf_ivon.options import check_group, check_options, ess_of, group_of, is_squared, plain_numbers
+from hf_ivon.options import check_group, check_options, ess_of, group_of, is_squared, plain_numbers, run_alike
 from hf_ivon.roster import Roster
 from hf_ivon.sampling import Draw, Noise, WeightSampler, prediction_noise, training_noise
 from hf_ivon.state import complete_state, match_saved_state, own_storage, restore_precision, set_prior_means
@@ -65,7 +65,7 @@ class IVON(torch.optim.Optimizer):
         eval_ess_scale: Factor on `ess` for predictions and what is saved, > 0; below 1 is wider than training used.
         momentum_dtype: ``"float32"``, or ``"bfloat16"`` to halve the gradient average; small tensors keep fp32.
         low_memory: As little memory as AdamW: the noise of large fp32 tensors is drawn again and taken off, which
-            moves the mean by a rounding error, and the Hessian learns at once. For ``"price"`` and one MC sample.
+            moves the mean by a sample's rounding, and the Hessian learns at once. For ``"price"`` and one MC sample.
         seed: Seed of the weight noise, which has a generator of its own, in [0, 2**63).
         foreach: Work on small tensors together; None does so.
         fused: Run each pass over memory as one compiled loop, where there is a compiler; None does so for models of
@@ -186,7 +186,7 @@ class IVON(torch.optim.Optimizer):
     def sampled_params(
         self, train: bool = False, *, weight: float = 1.0, grad_scale: float | Tensor | None = None
     ) -> Generator[None, None, None]:
-        """Put a weight sample into the parameters, in place; on exit they are the mean again, bit for bit.
+        """Put a weight sample into the parameters, in place; on exit they are the mean again, bit for bit by default.
 
         Args:
             train: Take the gradients of this context into the next `step`. Without it (prediction) they are refused.
@@ -345,19 +345,19 @@ class IVON(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; tensors keep full precision, whatever the parameters' dtype.
 
-        As with every torch optimizer the options become those of the state, `hess_approx` among them.
+        As with every torch optimizer the options become those of the state, but for how passes are run.
 
         Args:
             state_dict: A state of this class, for parameters of the same number, order and shapes.
 
         Raises:
             RuntimeError: If called inside `sampled_params`.
-            ValueError: If the state is another optimizer's, or its tensors do not fit; nothing is changed then.
+            ValueError: If the state is another optimizer's, or does not fit this one; nothing is changed then.
         """
         if self._inside:
             raise RuntimeError("`load_state_dict()` must not be called inside `sampled_params`. Leave the block.")
         saved = match_saved_state((p for _, p in self._parameters()), state_dict)
-        super().load_state_dict(dict(state_dict))
+        super().load_state_dict({**state_dict, "param_groups": run_alike(state_dict["param_groups"], self.defaults)})
         restore_precision(self.state, saved)
         self._capture.clear()
         self._capture.squared = is_squared(self.param_groups)

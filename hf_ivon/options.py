@@ -84,6 +84,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
 }
 
 
+# Options of an optimizer that say how it runs, not what it learns; pickles of older ones have not all of them.
+_HOW_TO_RUN = ("foreach", "fused", "low_memory")
+
+
 def is_squared(groups: Sequence[Mapping[str, Any]]) -> bool:
     """Tell whether the groups' estimator is of squared gradients, not of gradients times noise."""
     return any(group["hess_approx"] in ("fisher", "gradsq") for group in groups)
@@ -144,12 +148,29 @@ def check_low_memory(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If what it learns from is known only at the end of a step.
     """
-    if options["low_memory"] and (options["hess_approx"] != "price" or options["mc_samples"] != 1):
+    if options.get("low_memory") and (options["hess_approx"] != "price" or options["mc_samples"] != 1):
         raise ValueError(
             f"`low_memory` must go with `hess_approx='price'` and `mc_samples=1`, got {options['hess_approx']!r} and "
             f"{options['mc_samples']}: squares and averages of gradients are known only at the end of a step. Set "
             f"them, or leave `low_memory` out; `momentum_dtype='bfloat16'` saves memory with any option."
         )
+
+
+def run_alike(groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return saved groups with the options that say how an optimizer runs, which remain its own.
+
+    Args:
+        groups: Parameter groups of a state.
+        defaults: Options of the optimizer that is to have them.
+
+    Raises:
+        ValueError: If it cannot run with the others of theirs.
+    """
+    own = {name: defaults[name] for name in _HOW_TO_RUN if name in defaults}
+    merged = [{**group, **own} for group in groups]
+    for group in merged:
+        check_low_memory(group)
+    return merged
 
 
 def check_group(options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> None:
@@ -171,9 +192,9 @@ def check_group(options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]],
             f"`hess_approx` must be the same in all groups, got {options['hess_approx']!r} beside "
             f"{groups[0]['hess_approx']!r}. Choose one."
         )
-    for name in ("foreach", "fused", "low_memory"):
-        if options[name] != defaults[name]:
+    for name in _HOW_TO_RUN:
+        if options.get(name) != defaults.get(name):
             raise ValueError(
-                f"`{name}` must be the same in all groups, got {options[name]!r} in a group of an optimizer with "
-                f"{defaults[name]!r}. Pass it to the optimizer, not to a group."
+                f"`{name}` must be the same in all groups, got {options.get(name)!r} in a group of an optimizer with "
+                f"{defaults.get(name)!r}. Pass it to the optimizer, not to a group."
             )

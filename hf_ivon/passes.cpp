@@ -252,6 +252,11 @@ void share_columns(int64_t count, int threads, const int64_t* sizes, const uint3
     });
 }
 
+// The Hessian after a change by an estimate, Equation 4; positive whatever the change is.
+Floats changed_hess(Floats hess, Floats change, float weight_decay) {
+    return hess + (change / (hess + weight_decay) * 0.5f + 1.0f) * change;
+}
+
 // The least Hessian, as hf_ivon/functional.py has it: the variance stays finite.
 float least_hess(float weight_decay) { return std::max(weight_decay * 0x1p-20f, 1e-30f) - weight_decay; }
 
@@ -283,7 +288,7 @@ void subtract_noise(int64_t count, const int64_t* sizes, float* const* thetas, f
         if (grads[i]) {
             Floats estimate = noise * load(grads[i] + at, number) * factor * precision;
             Floats change = (first ? estimate - hess : estimate) * rate;
-            Floats learned = hess + (change / (hess + weight_decay) * 0.5f + 1.0f) * change;
+            Floats learned = changed_hess(hess, change, weight_decay);
             learned = learned < floor ? floor : learned;
             store(hesses[i] + at, learned - learned == 0.0f ? learned : hess, number);
         }
@@ -381,7 +386,7 @@ void update(int64_t count, const int64_t* sizes, float* const* means, const floa
             Floats estimate = load(curvatures[i] + at, number) * o.inverse_divisor;
             if (o.price) estimate *= (hess + delta) * o.ess;
             Floats change = (estimate - hess) * o.rate2;
-            hess += o.average ? change : (change / (hess + delta) * 0.5f + 1.0f) * change;
+            hess = o.average ? hess + change : changed_hess(hess, change, delta);
             hess = hess < floor ? floor : hess;  // of a comparison with NaN the other side is taken, which is NaN
             store(hesses[i] + at, hess, number);
         }

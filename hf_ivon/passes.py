@@ -68,13 +68,15 @@ def sample_lanes(
         weight_decay: δ, loss/param².
         keep: Copy what `thetas` hold into `means`; else it is there, and `thetas` may be of a narrower dtype.
     """
-    noise = normal_lanes(columns, words)
-    for theta, mean, hess, eps in zip(thetas, means, hesses, noise, strict=False):
+    samples = []  # all before the first is written: a lack of memory must not leave some of the lanes
+    for theta, mean, hess, eps in zip(thetas, means, hesses, normal_lanes(columns, words), strict=False):
         if keep:
             mean.copy_(theta)
         if eps.shape != theta.shape:
             eps = eps[: theta.shape[0]]
-        theta.copy_(functional.sample(mean, hess, eps, ess=ess, weight_decay=weight_decay))
+        samples.append(functional.sample(mean, hess, eps, ess=ess, weight_decay=weight_decay))
+    for theta, drawn in zip(thetas, samples, strict=True):
+        theta.copy_(drawn)
 
 
 def draw_lanes(lanes: Sequence[Tensor], columns: Tensor, indices: Tensor, words: Tensor) -> None:
@@ -151,35 +153,24 @@ def subtract_noise_lanes(
         factor: Multiplies the gradient.
         first: Whether this is the first micro-batch of its step; the others add to its estimate.
     """
-    for i, (theta, hess, eps) in enumerate(zip(thetas, hesses, normal_lanes(columns, words), strict=False)):
-        grad = None if grads is None else grads[i]
-        if eps.shape != theta.shape:
-            eps = eps[: theta.shape[0]]
-        subtract_noise(theta, hess, grad, eps, ess, weight_decay, beta2, factor, first)
-
-
-def subtract_noise(
-    theta: Tensor,
-    hess: Tensor,
-    grad: Tensor | None,
-    standard_normal: Tensor,
-    ess: float,
-    weight_decay: float,
-    beta2: float,
-    factor: float | Tensor,
-    first: bool,
-) -> None:
-    """Run `subtract_noise_lanes` on one tensor with its draws, which have its shape."""
-    noise = functional.perturbation(hess, standard_normal, ess=ess, weight_decay=weight_decay)
-    if grad is not None:
-        product = (noise * grad).mul_(factor)
-        hess_hat = functional.hess_hat_price(product, hess, ess=ess, weight_decay=weight_decay)
-        if not first:
-            hess_hat.add_(hess)  # the decay of this step has been
-        learned = functional.update_hess(hess, hess_hat, beta2=beta2, weight_decay=weight_decay)
-        # A gradient scaler skips a step whose gradients are not finite; the Hessian must not keep them.
-        hess.copy_(torch.where(torch.isfinite(learned), learned, hess))
-    theta.sub_(noise)
+    noises, learned = [], []  # all before the first is written, as in `sample_lanes`
+    for i, (hess, eps) in enumerate(zip(hesses, normal_lanes(columns, words), strict=False)):
+        if eps.shape != hess.shape:
+            eps = eps[: hess.shape[0]]
+        noise = functional.perturbation(hess, eps, ess=ess, weight_decay=weight_decay)
+        noises.append(noise)
+        if grads is not None:
+            product = (noise * grads[i]).mul_(factor)
+            hess_hat = functional.hess_hat_price(product, hess, ess=ess, weight_decay=weight_decay)
+            if not first:
+                hess_hat.add_(hess)  # the decay of this step has been
+            new = functional.update_hess(hess, hess_hat, beta2=beta2, weight_decay=weight_decay)
+            # A gradient scaler skips a step whose gradients are not finite; the Hessian must not keep them.
+            learned.append(torch.where(torch.isfinite(new), new, hess))
+    for theta, noise in zip(thetas, noises, strict=True):
+        theta.sub_(noise)
+    for hess, new in zip(hesses, learned, strict=False):
+        hess.copy_(new)
 
 
 def square(total: Tensor, grad: Tensor, factor: float | Tensor, keep: bool) -> None:

@@ -1,7 +1,8 @@
 """Weight samples without a copy of the mean: their noise is drawn again to take it off.
 
 The gradient times noise is not kept either: the Hessian learns from it when the noise is taken off, which is at the
-end of a context whose gradients are its own, and else in the backward pass, as each parameter gets its gradient.
+end of a context whose gradients are its own, and else in the backward pass, as each parameter gets its gradient. So it
+has learned also from contexts that no step uses, because a scaler skipped it or the gradients were dropped.
 """
 
 from __future__ import annotations
@@ -20,16 +21,25 @@ from hf_ivon.packs import is_plain
 from hf_ivon.passes import NoiseOptions
 
 TWICE = (
-    "A parameter got a second gradient in one `with optimizer.sampled_params(train=True):`, after its weight sample "
-    "was taken off: `low_memory=True` does that in the backward pass when gradients are accumulated or there are "
-    "several processes. Run one backward pass per context, gradient checkpointing with `use_reentrant=False`, or pass "
-    "`low_memory=False`."
+    "A parameter got a gradient in `with optimizer.sampled_params(train=True):` after its sample was taken off: "
+    "`low_memory=True` does that with the first gradient, if those of earlier contexts are still there, if there are "
+    "several processes, or after gradients were changed inside a context. Run one backward pass per context, gradient "
+    "checkpointing with `use_reentrant=False`, or pass `low_memory=False`."
+)
+WRITTEN = (
+    "Weights were written to inside `sampled_params(train=True)`: by an embedding with `max_norm`, a clipping of "
+    "weights, or a checkpoint loaded there. With `low_memory=True` there is no copy of the mean to put back, and what "
+    "they hold now is what was written less the noise. Write to weights outside of the block, or pass "
+    "`low_memory=False`, and start from the last checkpoint."
 )
 
 
 @dataclass
 class _Drawn:
-    """The sample of one parameter: what it was drawn with, and which columns of its noise are in the weights now."""
+    """The sample of one parameter: what it was drawn with, and which columns of its noise are in the weights now.
+
+    `version` is that of the weights after the last write from here.
+    """
 
     group: Mapping[str, Any]
     hess: Tensor
@@ -38,6 +48,7 @@ class _Drawn:
     weight_decay: float
     begin: int = 0
     end: int = 0
+    version: int = 0
 
 
 class RedrawnSamples:
@@ -62,7 +73,7 @@ class RedrawnSamples:
 
     @staticmethod
     def can_hold(p: Tensor, state: Mapping[str, Any]) -> bool:
-        """Tell whether a parameter's noise can be taken off: its mean is not kept elsewhere, and it is not sharded.
+        """Tell whether a parameter's noise can be taken off: it is whole, and its mean is not kept elsewhere.
 
         Args:
             p: The parameter.
@@ -71,7 +82,9 @@ class RedrawnSamples:
         Returns:
             Whether that is so; if not, its mean must be kept.
         """
-        return "mean" not in state and not distributed.is_sharded(p) and is_plain(p) and is_plain(state["hess"])
+        if "mean" in state or distributed.is_sharded(p):
+            return False
+        return p.numel() > 0 and is_plain(p) and is_plain(state["hess"])
 
     def perturb(self, p: Tensor, group: Mapping[str, Any], hess: Tensor, words: Tensor) -> None:
         """Put a weight sample for training into a parameter.
@@ -86,11 +99,12 @@ class RedrawnSamples:
         drawn = self._drawn[p] = _Drawn(group, hess, words, **options)
         for end in self._execution.add_noise(p.detach(), hess, words, **options):
             drawn.end = end  # should the next piece fail, this much is known to be in the weights
+        drawn.version = p._version
 
     def mean(self, p: Tensor) -> Tensor:
         """Return a copy of a parameter without the noise that is in it now, up to rounding."""
         mean = p.detach().clone()
-        drawn = replace(self._drawn[p])
+        drawn = replace(self._drawn[p], version=mean._version)
         self._subtract(mean, drawn, None, self._options(drawn))
         return mean
 
@@ -167,9 +181,15 @@ class RedrawnSamples:
                 f"A parameter must keep its shape {tuple(drawn.hess.shape)} inside `sampled_params`, got "
                 f"{tuple(p.shape)}. Resize models outside of the `with` block."
             )
+        written = drawn.version not in (0, p._version)  # 0 if not all of it could be perturbed
+        weights = p.detach() if is_plain(p) else p.detach().contiguous()
         subtract, columns = self._execution.subtract_noise, (drawn.begin, drawn.end)
-        for end in subtract(p.detach(), drawn.hess, grad, drawn.words, options, *columns):
-            drawn.begin = end  # should the next piece fail, this much is known to be off
+        for end in subtract(weights, drawn.hess, grad, drawn.words, options, *columns):
+            drawn.begin, drawn.version = end, p._version  # should the next piece fail, this much is known to be off
+        if weights.data_ptr() != p.data_ptr():
+            p.detach().copy_(weights)
+        if written:
+            raise RuntimeError(WRITTEN)
 
     @staticmethod
     def _options(drawn: _Drawn, factor: float | Tensor = 1.0, first: bool = True) -> NoiseOptions:

@@ -22,8 +22,9 @@ from hf_ivon.state import adopt_changes, state_dtype
 logger = logging.getLogger(__name__)
 
 NO_EFFECT = (
-    "`low_memory=True` has no effect on these weights: it is for contiguous ones in fp32 that are not sharded; others "
-    "keep their means. Load the model in fp32 and train under autocast, or leave the option out."
+    "`low_memory=True` has no effect on these weights: it is for contiguous tensors in fp32 that are not sharded, of "
+    "at least 2**15 weights unless `foreach=False`; others keep their means. Load the model in fp32 and train under "
+    "autocast, or leave the option out."
 )
 # Streams of noise: the draws of training and those of prediction never meet.
 _TRAIN, _EVAL = 0, 1
@@ -87,7 +88,7 @@ class Draw:
 
 
 class WeightSampler:
-    """Puts weight samples into parameters, and the mean back, bit for bit.
+    """Puts weight samples into parameters, and the mean back, bit for bit; with `low_memory` up to rounding.
 
     Args:
         execution: How the passes over memory are run.
@@ -132,7 +133,7 @@ class WeightSampler:
         self._sharded = any(map(distributed.is_sharded, self._alone))
         for draw in draws:
             self._perturb_one(draw, train)
-        if train and self._low_memory and draws and not any(draw.p in self.redrawn for draw in draws):
+        if train and self._low_memory and not self.redrawn.sampled():
             _say_once(NO_EFFECT)
         for pack, key in packs.items():
             self._perturb_pack(pack, noise_words(key, 0), train)
@@ -163,6 +164,8 @@ class WeightSampler:
 
     def _prepare(self, p: Tensor, *tensors: Tensor) -> Any:
         """Return what a fused pass works on, kept from call to call while the tensors stay where they are."""
+        if self._low_memory:  # what is kept would hold on to the buffer
+            return self.execution.prepare(*tensors)
         places = tuple((t.data_ptr(), t.shape, t.stride()) for t in tensors)
         kept = self._prepared.get(p)
         if kept is None or kept[0] != places:
@@ -300,7 +303,7 @@ class WeightSampler:
             self.means.clear()
 
     def holds_sample(self, p: Tensor) -> bool:
-        """Tell whether a parameter was given a weight sample in this context."""
+        """Tell whether a parameter was given a weight sample in this context, or in this window with `low_memory`."""
         return p in self.means or p in self.redrawn
 
     def mean(self, p: Tensor) -> Tensor:

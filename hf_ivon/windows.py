@@ -48,6 +48,11 @@ CHANGED_SQUARES = (
     "Gradients were changed inside `sampled_params(train=True)` after the backward pass, and the Hessian is of the "
     "squares of the changed ones, in this step and in others. Clip or scale gradients after the `with` block."
 )
+CHANGED_REDRAWN = (
+    "Gradients were changed inside `sampled_params(train=True)` after the backward pass, and the Hessian has learned "
+    "from the changed ones. From now on `low_memory=True` takes each sample off in the backward pass, so that there "
+    "can be one per context. Clip or scale gradients after the `with` block."
+)
 DROPPED = (
     "`zero_grad()` outside of `sampled_params` dropped gradients that no `step()` had used. That is right after a "
     "skipped step; to average several samples, call it inside each context."
@@ -101,6 +106,13 @@ class Gradients:
         if self._by_parameter is None:
             self._by_parameter = {q: which for q, *which in zip(*self._seen, strict=True)}
         return self._by_parameter.get(p) == [id(p.grad), p.grad._version]
+
+
+def changed(squared: bool, redrawn: bool) -> str:
+    """Return what to say of gradients that were changed inside a context, by what the Hessian is learned from."""
+    if redrawn:
+        return CHANGED_REDRAWN
+    return CHANGED_SQUARES if squared else CHANGED
 
 
 def released(p: Tensor, captured: set[Tensor]) -> bool:

@@ -36,8 +36,7 @@ from common import write_results
 
 from hf_ivon import IVON
 
-# Bytes that must be moved per weight: the step of AdamW, and IVON's three passes; with `low_memory` these move 12, 20
-# and 24. An optimizer that keeps its weight
+# Bytes that must be moved per weight: the step of AdamW, and IVON's three passes. An optimizer that keeps its weight
 # sample from one step to the next could do with 36.
 BYTES = {"adamw": 28, "ivon": 20 + 20 + 32, "ivon, low memory": 12 + 20 + 24}
 LOCAL = {"lr": 1e-3, "ess": 1e6, "hess_init": 0.1, "clip_radius": 1e-3}

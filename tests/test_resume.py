@@ -67,6 +67,8 @@ def log(trainer, after):
         pytest.param(full, {"gradient_accumulation_steps": 2}, id="full, accumulation"),
         pytest.param(full, {"ivon_mc_samples": 2}, id="full, samples"),
         pytest.param(full, {"ivon_hess_approx": "fisher"}, id="full, Fisher"),
+        pytest.param(full, {"ivon_low_memory": True, "ivon_foreach": False, "gradient_accumulation_steps": 2},
+                     id="full, low memory"),
         pytest.param(full, {"gradient_accumulation_steps": 3, "ivon_mc_samples": 2, "ivon_prior_mean": "init",
                             "ivon_prior_on": "decay", "ivon_hess_approx": "gradsq"}, id="full, everything"),
         pytest.param(bf16, {"gradient_accumulation_steps": 2}, id="bf16 parameters"),

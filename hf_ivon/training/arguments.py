@@ -305,7 +305,12 @@ class IVONTrainingArguments(TrainingArguments):
                 check_options({key: value})
             except ValueError as err:  # the message names the option as it was given
                 raise ValueError(str(err).replace(f"`{key}`", f"`{names.get(key, key)}`", 1)) from None
-        check_low_memory(options)
+        try:
+            check_low_memory(options)
+        except ValueError as err:
+            given = names.get("low_memory", "low_memory")
+            presets = "The presets finetuning and averaging have 'fisher'."
+            raise ValueError(str(err).replace("`low_memory`", f"`{given}`") + f" {presets}") from None
         return options
 
 
