@@ -232,21 +232,25 @@ void share_vectors(int64_t count, int threads, const int64_t* sizes, Work work) 
     });
 }
 
-// Calls work(tensor, at, draw, number) for each vector of each tensor, with its noise: that of W columns together.
-template <class Work>
+// Calls what prepare(tensor) returns with (at, draw, number) for each vector of each tensor: its place, and its noise,
+// which is made for the four vectors of W columns together.
+template <class Prepare>
 void share_columns(int64_t count, int threads, const int64_t* sizes, const uint32_t* indices, const Key& key,
-                   Work work) {
-    auto width = [=](int64_t i) { return (sizes[i] + 3) / 4; };
-    share(count, threads, width, [=, &key](int64_t i, int64_t from, int64_t to) {
+                   Prepare prepare) {
+    auto length = [=](int64_t i) { return (sizes[i] + 3) / 4; };
+    share(count, threads, length, [=, &key](int64_t i, int64_t from, int64_t to) {
+        const int64_t size = sizes[i], width = length(i);
+        const uint32_t index = indices[i];
+        const auto work = prepare(i);
         for (int64_t column = from; column < to; column += W) {
             Floats draws[4];
-            normals(column, indices[i], key, draws);
-            if (column + W <= to && 3 * width(i) + column + W <= sizes[i])
-                for (int lane = 0; lane < 4; lane++) work(i, lane * width(i) + column, draws[lane], All{});
+            normals(column, index, key, draws);
+            if (column + W <= to && 3 * width + column + W <= size)
+                for (int lane = 0; lane < 4; lane++) work(lane * width + column, draws[lane], All{});
             else
                 for (int lane = 0; lane < 4; lane++) {
-                    int64_t at = lane * width(i) + column, number = std::min({to - column, sizes[i] - at, (int64_t)W});
-                    if (number > 0) work(i, at, draws[lane], number);
+                    int64_t at = lane * width + column, number = std::min({to - column, size - at, (int64_t)W});
+                    if (number > 0) work(at, draws[lane], number);
                 }
         }
     });
@@ -269,12 +273,16 @@ namespace {
 template <class Weight>
 void sample(int64_t count, const int64_t* sizes, void* const* thetas, float* const* means, const float* const* hesses,
             const uint32_t* indices, const Key& key, float ess, float weight_decay, int keep, int threads) {
-    share_columns(count, threads, sizes, indices, key, [=](int64_t i, int64_t at, Floats draw, auto number) {
+    share_columns(count, threads, sizes, indices, key, [=](int64_t i) {
         Weight* theta = static_cast<Weight*>(thetas[i]);
-        Floats mean = keep ? load(theta + at, number) : load(means[i] + at, number);
-        if (keep) store(means[i] + at, mean, number);
-        Floats std = reciprocal_root((load(hesses[i] + at, number) + weight_decay) * ess);
-        store(theta + at, mean + std * draw, number);
+        float* kept = means[i];
+        const float* hess = hesses[i];
+        return [=](int64_t at, Floats draw, auto number) {
+            Floats mean = keep ? load(theta + at, number) : load(kept + at, number);
+            if (keep) store(kept + at, mean, number);
+            Floats std = reciprocal_root((load(hess + at, number) + weight_decay) * ess);
+            store(theta + at, mean + std * draw, number);
+        };
     });
 }
 
@@ -282,17 +290,21 @@ void subtract_noise(int64_t count, const int64_t* sizes, float* const* thetas, f
                     const float* const* grads, const uint32_t* indices, const Key& key, float ess, float weight_decay,
                     float rate, float factor, int first, int threads) {
     const Floats floor = filled<Floats>(least_hess(weight_decay));
-    share_columns(count, threads, sizes, indices, key, [=](int64_t i, int64_t at, Floats draw, auto number) {
-        Floats hess = load(hesses[i] + at, number), precision = (hess + weight_decay) * ess;
-        Floats noise = reciprocal_root(precision) * draw;
-        if (grads[i]) {
-            Floats estimate = noise * load(grads[i] + at, number) * factor * precision;
-            Floats change = (first ? estimate - hess : estimate) * rate;
-            Floats learned = changed_hess(hess, change, weight_decay);
-            learned = learned < floor ? floor : learned;
-            store(hesses[i] + at, learned - learned == 0.0f ? learned : hess, number);
-        }
-        store(thetas[i] + at, load(thetas[i] + at, number) - noise, number);
+    share_columns(count, threads, sizes, indices, key, [=](int64_t i) {
+        float *theta = thetas[i], *hesses_here = hesses[i];
+        const float* grad = grads[i];
+        return [=](int64_t at, Floats draw, auto number) {
+            Floats hess = load(hesses_here + at, number), precision = (hess + weight_decay) * ess;
+            Floats noise = reciprocal_root(precision) * draw;
+            if (grad) {
+                Floats estimate = noise * load(grad + at, number) * factor * precision;
+                Floats change = (first ? estimate - hess : estimate) * rate;
+                Floats learned = changed_hess(hess, change, weight_decay);
+                learned = learned < floor ? floor : learned;
+                store(hesses_here + at, learned - learned == 0.0f ? learned : hess, number);
+            }
+            store(theta + at, load(theta + at, number) - noise, number);
+        };
     });
 }
 
