@@ -192,6 +192,12 @@ def trained(params, **options):
     return IVON(params, lr=0.1, ess=50.0, beta2=0.5, fused=True, **options)
 
 
+def two_trained(size):
+    """Two parameters of ones, almost of one size, and their optimizer."""
+    p, other = torch.nn.Parameter(torch.ones(size)), torch.nn.Parameter(torch.ones(size + 4))
+    return p, other, trained([p, other])
+
+
 def test_memory_that_moves_inside_a_sample_is_followed():
     """`share_memory_` frees what the addresses of before point to; others' numbers would be overwritten."""
     for size in (300, 40_000):  # in a pack, and alone
@@ -214,8 +220,7 @@ def test_memory_that_moves_inside_a_sample_is_followed():
 @pytest.mark.parametrize("size", [300, 40_000])
 def test_a_gradient_that_became_smaller_is_refused(size):
     """By address, the pass would read what lies behind it."""
-    p, other = torch.nn.Parameter(torch.ones(size)), torch.nn.Parameter(torch.ones(size + 4))
-    optimizer = trained([p, other])
+    p, other, optimizer = two_trained(size)
     with pytest.raises(RuntimeError, match="must have its parameter's shape|must match"):
         with optimizer.sampled_params(train=True):
             (p.square().sum() + other.square().sum()).backward()
@@ -227,8 +232,7 @@ def test_a_gradient_that_became_smaller_is_refused(size):
 @pytest.mark.parametrize("size", [300, 40_000])
 def test_weights_that_became_smaller_inside_a_sample_leave_the_others_their_means(size):
     """An embedding that is resized there is an error of the caller, but the rest of the model must not be lost."""
-    p, other = torch.nn.Parameter(torch.ones(size)), torch.nn.Parameter(torch.ones(size + 4))
-    optimizer = trained([p, other])
+    p, other, optimizer = two_trained(size)
     with pytest.raises(RuntimeError, match="size|shape"):
         with optimizer.sampled_params(train=True):
             (p.square().sum() + other.square().sum()).backward()
