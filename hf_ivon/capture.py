@@ -7,23 +7,25 @@ each with its own draw of the weights. Two ways of writing a window are told apa
 - gradients left to add up: the losses carry the weights (gradient accumulation), and the contexts are summed.
 
 Either way `p.grad` is, between contexts, the gradient of the window so far, so that clipping, scalers and reductions
-find what they expect; the hooks only add ``gradient * (theta - mean)`` of each backward pass to a buffer of their own.
+find what they expect. ``gradient * (theta - mean)`` is taken from it at the end of a context that is alone in it, and
+else added to a buffer by hooks in each backward pass.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_ivon import distributed, replicas, windows
+from hf_ivon.earlier_gradients import STALE, EarlierGradients
 from hf_ivon.sampling import WeightSampler
 from hf_ivon.state import parameter_names
-from hf_ivon.windows import Context, Gradients
+from hf_ivon.windows import Context
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +53,11 @@ class GradientCapture:
         self._buffers: dict[Tensor, Tensor] = {}
         self._attached: list[Tensor] | None = None
         self._hooked: set[Tensor] = set()
-        self._sharded: list[Tensor] = []
+        self._unwatched: list[Tensor] = []  # whose gradients are seen only when they are in `p.grad`
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._groups = replicas.GroupGradients()
         weakref.finalize(self, _remove_all, self._handles)
-        self._at_mean: set[Tensor] = set()
-        self._stale = Gradients([])
+        self._earlier = EarlierGradients()
         self.clear()
 
     def clear(self) -> None:
@@ -75,32 +76,34 @@ class GradientCapture:
         if params is self._attached:
             return
         self._attached = params
-        reference = weakref.ref(self)
         new = [p for p in params if p not in self._hooked]
         self._groups.watch(new)
+        self._hooked.update(new)
         for p in new:
-
-            def on_gradient(grad: Tensor, p: Tensor = p) -> Tensor | None:
-                capture = reference()
-                return None if capture is None else capture._on_gradient(p, grad)
-
-            sharded = distributed.is_sharded(p)  # its gradient is of use only after its reduction
-
-            def on_accumulated(p: Tensor, sharded: bool = sharded) -> None:
-                capture = reference()
-                if capture is not None and sharded:
-                    capture._on_reduced(p)
-                elif capture is not None:
-                    capture._on_accumulated(p)
-
-            self._hooked.add(p)
             if p.grad is not None and p.grad.any():  # from before the hooks; asked once per parameter
-                self._at_mean.add(p)
-            if sharded:
-                self._sharded.append(p)
+                self._earlier.at_mean.add(p)
+            if distributed.is_sharded(p):  # its gradient is of use only after its reduction
+                on_accumulated = GradientCapture._on_reduced
             else:
-                self._handles.append(p.register_hook(on_gradient))
-            self._handles.append(p.register_post_accumulate_grad_hook(on_accumulated))
+                on_accumulated = GradientCapture._on_accumulated
+                self._unwatched.append(p)
+            self._handles.append(p.register_post_accumulate_grad_hook(self._hook(on_accumulated)))
+
+    def _watch_gradients(self) -> None:
+        """Hook also what backward passes add to `p.grad`: they take longer then, so not before it is needed."""
+        for p in self._unwatched:
+            self._handles.append(p.register_hook(self._hook(GradientCapture._on_gradient, p)))
+        self._unwatched.clear()
+
+    def _hook(self, method: Callable[..., Any], *args: Tensor) -> Callable[[Tensor], Any]:
+        """Return a hook that calls a method, and that does not keep this object alive."""
+        reference = weakref.ref(self)
+
+        def hook(tensor: Tensor) -> Any:
+            capture = reference()
+            return None if capture is None else method(capture, tensor, *args)
+
+        return hook
 
     # ------------------------------------------------------------------ contexts
 
@@ -123,10 +126,11 @@ class GradientCapture:
             self.clear()
         before = {p: (p.grad, p.grad._version) for p in self.captured if p.grad is not None}
         inverse_scale = 1.0 if grad_scale is None else 1.0 / grad_scale
-        # Sharded gradients are seen when they were added to; what they were added to must be known from before.
-        stale = {p: p.grad for p in self._sharded if self._stale.is_there(p)}
         may_wait = self._late and self.contexts == 0 and distributed.world_size() == 1
-        self._context = Context(weight, inverse_scale, before, stale, may_wait)
+        if self._unwatched and not (may_wait and weight == 1.0):
+            self._watch_gradients()
+        self._earlier.begin_context(whole=may_wait)
+        self._context = Context(weight, inverse_scale, before, may_wait)
         self.entered += 1
         return dropped
 
@@ -134,17 +138,28 @@ class GradientCapture:
         """Take gradient times noise, or its square, from `p.grad`, where that is this context's and nothing else.
 
         The weight samples must still be in place; the parameters that this is done for hold their means afterwards.
+
+        Raises:
+            RuntimeError: If a gradient is sparse.
         """
         context = self._context
         if context is None or not context.late:
             return
-        grads = {p: p.grad for p in context.late if p.grad is not None}
-        changed = any(context.late[p] != (id(g), g._version) and not g._is_view() for p, g in grads.items())
+        grads, changed = {}, False
+        for p, mark in context.late.items():
+            if (grad := p.grad) is not None:
+                grads[p] = grad
+                changed |= mark != (id(grad), grad._version) and not grad._is_view()
+                if grad.is_sparse:
+                    raise RuntimeError(windows.SPARSE)
         if changed:
             self._late = False
             logger.warning(windows.changed(self.squared, bool(self._sampler.redrawn.sampled())))
-        self._buffers.update(self._sampler.take_products(grads, context.inverse_scale, self.squared))
-        self._started.update(grads)
+        products = self._sampler.take_products(grads, context.inverse_scale, self.squared)
+        self._buffers.update(products)
+        self._started.update(products)
+        for p in () if self.squared else [p for p in self._sampler.written if p in grads]:
+            self._add_noise_grad(p, grads[p], context.inverse_scale)
 
     def end(self, failed: bool) -> None:
         """Close the training context and settle how it joins the window.
@@ -155,12 +170,12 @@ class GradientCapture:
         context, self._context = self._context, None
         if context is None:
             return
-        if failed:
-            self._broken |= context.seen
+        context.accumulated.update(context.late)
+        if failed or not context.seen.issubset(context.accumulated):
+            self._broken |= context.seen | context.accumulated
+            if not failed:
+                raise RuntimeError(windows.AUTOGRAD_GRAD)
             return
-        if context.seen != context.accumulated:
-            self._broken |= context.seen
-            raise RuntimeError(windows.AUTOGRAD_GRAD)
         if not context.accumulated:
             return
         self._groups.check()
@@ -170,7 +185,7 @@ class GradientCapture:
             if self.squared:
                 self._square(context)
             if self.averaged:
-                self._average(context)
+                windows.average_gradients(self.captured | context.accumulated, context.before, self.contexts)
         self.captured |= context.accumulated
         self.contexts += 1
 
@@ -183,12 +198,11 @@ class GradientCapture:
         Raises:
             RuntimeError: If this context has gradients already, and earlier contexts have too.
         """
-        context = self._context
-        dropped = False
+        context, dropped = self._context, False
         if context is None:
             dropped = bool(self.captured or self._broken)
             self.clear()
-        elif context.seen:
+        elif context.seen or context.accumulated or context.late:
             if self.contexts:
                 raise RuntimeError(windows.MIXED)
             # The only context starts over: what it captured goes with the gradients.
@@ -207,13 +221,12 @@ class GradientCapture:
                 p: (g.clone() if not set_to_none or g._is_view() else g, version)
                 for p, (g, version) in context.before.items()
             }
-        self._at_mean.clear()
-        self._stale = Gradients([])
+        self._earlier.forget()
         return dropped
 
     # ------------------------------------------------------------------ the step
 
-    def check(self, params: Iterable[Tensor], groups: Iterable[Mapping[str, Any]], mc_samples: int) -> None:
+    def check(self, params: Sequence[Tensor], groups: Iterable[Mapping[str, Any]], mc_samples: int) -> None:
         """Make sure that every gradient was taken at weight samples.
 
         A gradient that this process did not see may be another process's, brought here by its reduction.
@@ -223,16 +236,13 @@ class GradientCapture:
         """
         if self._broken:
             raise RuntimeError(windows.BROKEN)
-        shared = self.contexts > 0 and distributed.world_size() > 1
-        for p in params:
-            if p in self._at_mean or not (shared or p in self.captured or windows.released(p, self.captured)):
+        at_mean, shared = self._earlier.at_mean, self.contexts > 0 and distributed.world_size() > 1
+        for p in () if not at_mean and self.captured.issuperset(params) else params:
+            if p in at_mean or not (shared or p in self.captured or windows.released(p, self.captured)):
                 name = parameter_names(groups).get(p, "?")
-                raise RuntimeError(windows.STALE if self._stale.is_there(p) else windows.AT_MEAN.format(name=name))
+                raise RuntimeError(STALE if self._earlier.is_stale(p) else windows.AT_MEAN.format(name=name))
         if self.contexts % mc_samples:
-            raise RuntimeError(
-                f"`mc_samples` is {mc_samples}, but this step ran {self.contexts} training context(s). Run a multiple "
-                f"of `mc_samples` contexts per step, pass a closure to `step`, or set `mc_samples` to what you run."
-            )
+            raise RuntimeError(windows.CONTEXTS.format(mc_samples=mc_samples, contexts=self.contexts))
 
     def reduce(self, params: Sequence[Tensor]) -> None:
         """Average what the window captured over the processes, if there are several; all must call this.
@@ -268,37 +278,42 @@ class GradientCapture:
 
     def finish(self, params: Sequence[Tensor]) -> None:
         """Close the window after a step, and remember its gradients to recognize them if they are never cleared."""
-        self._stale = Gradients(params)
-        self._at_mean.clear()
+        self._earlier.end_step(params)
         self.clear()
 
     # ------------------------------------------------------------------ inside
 
-    def _on_gradient(self, p: Tensor, grad: Tensor) -> Tensor | None:
+    def _context_of(self, p: Tensor) -> Context | None:
+        """Return the context that a gradient belongs to; without one it is marked as taken at the mean."""
+        if self._context is not None and self._sampler.holds_sample(p):
+            return self._context
+        self._earlier.at_mean.add(p)
+        return None
+
+    def _on_gradient(self, grad: Tensor, p: Tensor) -> Tensor | None:
         context = self._context
         if context is None or not self._sampler.holds_sample(p):
+            return None
+        if context.may_wait and context.weight == 1.0:
             return None
         if grad.is_sparse:
             raise RuntimeError(windows.SPARSE)
         if p not in context.seen:
             context.seen.add(p)
-            self._check_first(context, p)
-        if context.may_wait and p not in context.before and p not in self._sampler.written:
-            context.late[p] = (0, 0)
-        elif not self.squared:
-            self._add_noise_grad(context, p, grad)
+            if not context.may_wait:
+                self._check_first(context, p)
+        if not (self.squared or context.may_wait):
+            self._add_noise_grad(p, grad, context.inverse_scale * context.weight)
         return None if context.weight == 1.0 else grad * context.weight
 
-    def _on_accumulated(self, p: Tensor) -> Context | None:
-        """Note that a backward pass has reached `p.grad`; returns the training context that it was in."""
-        context = self._context
-        if context is None or not self._sampler.holds_sample(p):
-            self._at_mean.add(p)
-            return None
-        context.accumulated.add(p)
-        if p in context.late and p.grad is not None:
-            context.late[p] = (id(p.grad), p.grad._version)
-        return context
+    def _on_accumulated(self, p: Tensor) -> None:
+        """Note that a backward pass has reached `p.grad`."""
+        context, grad = self._context_of(p), p.grad
+        if context is not None and context.may_wait and grad is not None:
+            context.late[p] = id(grad), grad._version
+            self._earlier.check_after(p, grad)
+        elif context is not None:
+            context.accumulated.add(p)
 
     def _on_reduced(self, p: Tensor) -> None:
         """Take in a sharded gradient, which is seen only after its reduction, and in the last micro-batch only.
@@ -310,40 +325,37 @@ class GradientCapture:
             RuntimeError: If contexts are weighted or averaged, or an earlier step's gradient is still there.
         """
         of_group = self._groups.take(p) if replicas.is_replicated(p) else None
-        context = self._on_accumulated(p)
+        context = self._context_of(p)
         if context is None:
             return
-        context.seen.add(p)
+        context.accumulated.add(p)
         if context.weight != 1.0 or context.zeroed:
             raise RuntimeError(windows.SHARDED_SAMPLES)
         if p in context.before:
             context.cleared.add(p.grad is not context.before[p][0])
-        elif p.grad is not None and context.stale.get(p) is p.grad:
-            raise RuntimeError(windows.STALE)
+        elif p.grad is not None:
+            self._earlier.check_after(p, p.grad)
         if self.squared or p.grad is None:
             return
         if of_group is None:
             self._started.discard(p)
-        self._add_noise_grad(context, p, p.grad if of_group is None else of_group)
+        self._add_noise_grad(p, p.grad if of_group is None else of_group, context.inverse_scale * context.weight)
 
     def _check_first(self, context: Context, p: Tensor) -> None:
         """Read off `p.grad`, before this context adds to it, whether the window's gradient was cleared."""
         if p.grad is None:
-            self._at_mean.discard(p)
+            self._earlier.at_mean.discard(p)
         if p in context.before:
             # Views on a common buffer, as DistributedDataParallel makes them, share one version: nothing can be told.
             changed = p.grad is not None and not p.grad._is_view() and p.grad._version != context.before[p][1]
             if changed and not context.zeroed:
-                raise RuntimeError(
-                    "Gradients were changed in place inside `sampled_params(train=True)` before its backward pass. "
-                    "Zero them by `optimizer.zero_grad()`, and clip them after the backward pass."
-                )
+                raise RuntimeError(windows.CHANGED_BEFORE)
             context.cleared.add(context.zeroed or p.grad is None)
-        elif self._stale.is_there(p):
-            raise RuntimeError(windows.STALE)
+        elif self._earlier.is_stale(p):
+            raise RuntimeError(STALE)
 
-    def _add_noise_grad(self, context: Context, p: Tensor, grad: Tensor) -> None:
-        factor, sampler = context.inverse_scale * context.weight, self._sampler
+    def _add_noise_grad(self, p: Tensor, grad: Tensor, factor: float | Tensor) -> None:
+        sampler = self._sampler
         if p in sampler.redrawn:
             sampler.redrawn.learn(p, grad, factor)
             return
@@ -356,29 +368,17 @@ class GradientCapture:
 
     def _settle(self, context: Context) -> None:
         """Decide between averaging and summing from what this context found in `p.grad`."""
-        cleared = (
-            {True} if context.zeroed else context.cleared | {p.grad is None for p in self.captured - context.seen}
-        )
+        reached, cleared = context.accumulated, {True}
+        if not context.zeroed:
+            cleared = context.cleared | {p.grad is None for p in self.captured - reached}
         if len(cleared) != 1 or self.averaged not in (None, *cleared):
-            self._broken |= context.seen
+            self._broken |= reached
             raise RuntimeError(windows.MIXED)
         self.averaged = cleared.pop()
-        sharded = any(map(distributed.is_sharded, context.seen))
-        if self.averaged and (sharded or not context.seen.isdisjoint(self._sampler.redrawn.sampled())):
-            self._broken |= context.seen
+        sharded = any(map(distributed.is_sharded, reached))
+        if self.averaged and (sharded or not reached.isdisjoint(self._sampler.redrawn.sampled())):
+            self._broken |= reached
             raise RuntimeError(windows.SHARDED_SAMPLES if sharded else windows.REDRAWN_SAMPLES)
-
-    def _average(self, context: Context) -> None:
-        """Make `p.grad` the running average over contexts, as it is the running sum when they add up."""
-        share = self.contexts / (self.contexts + 1.0)
-        for p in self.captured | context.accumulated:
-            earlier = context.before[p][0] if p in context.before else None
-            if p.grad is None:
-                p.grad = None if earlier is None else earlier.mul_(share)
-            elif earlier is None:
-                p.grad.mul_(1.0 - share)
-            else:
-                p.grad.lerp_(earlier, share)
 
     def _square(self, context: Context) -> None:
         """Keep the squared gradient: of the sum so far, or summed over the contexts that are to be averaged."""

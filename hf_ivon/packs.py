@@ -50,6 +50,7 @@ class Buffer:
     def __init__(self, flat: Tensor, shapes: Sequence[torch.Size]) -> None:
         self.flat = flat
         self.parts = list(flat.split([shape.numel() for shape in shapes]))  # 1-D
+        self.by_parameter: dict[Tensor, Tensor] | None = None  # made when it is first asked for
         self.views = [part.view(shape) for part, shape in zip(self.parts, shapes, strict=True)]
 
         self._addresses: tuple[int, Any] = (0, None)
@@ -120,6 +121,7 @@ class Pack:
         self._shapes = [p.shape for p in params]
         self.weights = [p.detach().view(-1) for p in params]
         self._pointers = [p.data_ptr() for p in params]
+        self._addresses = addresses_of(params)
         counts = [p.numel() for p in params]
         self.starts = [0, *accumulate(counts)]
         self.sizes = (ctypes.c_int64 * len(counts))(*counts)
@@ -157,14 +159,15 @@ class Pack:
         Returns:
             Whether that is so; if not, the parameters need another pack.
         """
-        if self._moved():
+        if self._moved() or [p.shape for p in self.params] != self._shapes:
+            return False
+        if not all(map(Tensor.is_contiguous, self.params)):
             return False
         states = [state[p] for p in self.params]
         return all(all(map(is_, [s.get(name) for s in states], self.views(name))) for name in self._state)
 
     def _moved(self) -> bool:
-        pointers, shapes = [p.data_ptr() for p in self.params], [p.shape for p in self.params]
-        return pointers != self._pointers or shapes != self._shapes or not all(p.is_contiguous() for p in self.params)
+        return [p.data_ptr() for p in self.params] != self._pointers
 
     def flat(self, name: str) -> Tensor:
         """Return the buffer of this name, fp32, the parameters one after another; of a new name it holds anything."""
@@ -178,10 +181,23 @@ class Pack:
         self.flat(name)
         return self._buffers[name].views
 
+    def by_parameter(self, name: str) -> dict[Tensor, Tensor]:
+        """Return what `views` does, by parameter; not to be changed."""
+        self.flat(name)
+        buffer = self._buffers[name]
+        if buffer.by_parameter is None:
+            buffer.by_parameter = dict(zip(self.params, buffer.views, strict=True))
+        return buffer.by_parameter
+
     def addresses(self, name: str) -> Any:
-        """Return where the buffer's parts are in memory, as an array of ctypes; of "params", the parameters'."""
+        """Return where the buffer's parts are in memory, as an array of ctypes.
+
+        Args:
+            name: That of a buffer; "params" are the parameters. Where one was cast or moved since the pack was made,
+                it is the memory that they had.
+        """
         if name == "params":
-            return addresses_of(self.weights)
+            return addresses_of(self.weights) if self._moved() else self._addresses
         self.flat(name)
         return self._buffers[name].addresses
 
@@ -202,19 +218,21 @@ class Pack:
             RuntimeError: If one has not the shape of its parameter.
         """
         device, dtype = self._device, torch.float32
+        plain: list[Tensor | None] = []
         for tensor, shape in zip(tensors, self._shapes, strict=True):
-            if tensor is not None and tensor.shape != shape:
+            if tensor is None:
+                plain.append(tensor)
+                continue
+            if tensor.shape != shape:
                 raise RuntimeError(
                     f"A gradient must have its parameter's shape {tuple(shape)}, got {tuple(tensor.shape)}. Do not "
                     f"replace the data of parameters or gradients between forward pass and step."
                 )
-        return [
-            t if t is None or (t.dtype is dtype and t.device == device and is_plain(t)) else self._plain(t)
-            for t in tensors
-        ]
-
-    def _plain(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, torch.float32).contiguous().resolve_neg()
+            as_is = (
+                tensor.dtype is dtype and tensor.device == device and tensor.is_contiguous() and not tensor.is_neg()
+            )
+            plain.append(tensor if as_is else tensor.to(device, dtype).contiguous().resolve_neg())
+        return plain
 
     def read(self, name: str) -> Tensor:
         """Copy the parameters into a buffer; returns the buffer."""

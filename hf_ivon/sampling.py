@@ -184,7 +184,7 @@ class WeightSampler:
             pack.read("mean")
             self.execution.sample_pack(pack, words, **options)
         self._sampled_packs[pack] = "mean"
-        self.means.update(zip(pack.params, pack.views("mean"), strict=True))
+        self.means.update(pack.by_parameter("mean"))
         if native is None:
             pack.write("theta")
 
@@ -249,7 +249,7 @@ class WeightSampler:
             taken = [grads.get(p) for p in pack.params]
             if not all(grad is None for grad in taken):
                 self._take_from_pack(pack, taken, factor, squared)
-                products.update(zip(pack.params, pack.views("product"), strict=True))
+                products.update(pack.by_parameter("product"))
         for p in self.redrawn.sampled():
             if p in grads:
                 self.redrawn.learn(p, grads[p], factor)

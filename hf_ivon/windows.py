@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,6 @@ AT_MEAN = (
     "`step()` found gradients that were not taken at a weight sample (first: {name}). "
     "Wrap forward and backward in `with optimizer.sampled_params(train=True):`, or pass a closure to `step`."
 )
-STALE = (
-    "Gradients of an earlier step are still in `p.grad`, so this step would add to them. "
-    "Call `optimizer.zero_grad()` once per step."
-)
 BROKEN = (
     "An earlier `with optimizer.sampled_params(train=True):` failed after its backward pass had begun, so `p.grad` is "
     "incomplete. Call `optimizer.zero_grad()` and repeat the step."
@@ -35,10 +31,15 @@ REDRAWN_SAMPLES = (
     "afterwards. Let gradients add up, each loss weighted, or pass `low_memory=False`."
 )
 AUTOGRAD_GRAD = (
-    "`torch.autograd.grad` with respect to parameters was called inside `sampled_params(train=True)`; its gradients "
-    "cannot be told from those of the training loss. Call `loss.backward()` here, and `torch.autograd.grad` outside."
+    "`torch.autograd.grad` with respect to parameters was called inside `sampled_params(train=True)`; where gradients "
+    "are read in the backward pass, as with several contexts or processes, its gradients cannot be told from those of "
+    "the training loss. Call `loss.backward()` here, and `torch.autograd.grad` outside."
 )
 SPARSE = "IVON needs dense gradients, got a sparse one. Build the embedding with `sparse=False`."
+CHANGED_BEFORE = (
+    "Gradients were changed in place inside `sampled_params(train=True)` before its backward pass. Zero them by "
+    "`optimizer.zero_grad()`, and clip them after the backward pass."
+)
 CHANGED = (
     "Gradients were changed inside `sampled_params(train=True)` after the backward pass, and the Hessian of this step "
     "is of the changed ones. From now on they are read in the backward pass, which takes one more buffer of the "
@@ -52,6 +53,10 @@ CHANGED_REDRAWN = (
     "Gradients were changed inside `sampled_params(train=True)` after the backward pass, and the Hessian has learned "
     "from the changed ones. From now on `low_memory=True` takes each sample off in the backward pass, so that there "
     "can be one per context. Clip or scale gradients after the `with` block."
+)
+CONTEXTS = (
+    "`mc_samples` is {mc_samples}, but this step ran {contexts} training context(s). Run a multiple of `mc_samples` "
+    "contexts per step, pass a closure to `step`, or set `mc_samples` to what you run."
 )
 DROPPED = (
     "`zero_grad()` outside of `sampled_params` dropped gradients that no `step()` had used. That is right after a "
@@ -72,40 +77,19 @@ class Context:
     """One training context: which parameters got a gradient, and what `p.grad` was before it.
 
     Where a context may be the only one of its window, `p.grad` will be its own gradient, and the product with the
-    noise may wait for its end: `late` has the gradients of such parameters as backward left them.
+    noise may wait for its end: `late` has the gradients of such parameters as backward left them, by identity and
+    version. `seen` are those whose gradient was seen on its way to `p.grad`, `accumulated` those where it got there.
     """
 
     weight: float
     inverse_scale: float | Tensor
     before: dict[Tensor, tuple[Tensor, int]]
-    stale: dict[Tensor, Tensor | None]
     may_wait: bool
     zeroed: bool = False
     seen: set[Tensor] = field(default_factory=set)
     accumulated: set[Tensor] = field(default_factory=set)
     cleared: set[bool] = field(default_factory=set)
     late: dict[Tensor, tuple[int, int]] = field(default_factory=dict)
-
-
-class Gradients:
-    """The gradients that parameters hold now, to be recognized later if nobody clears them.
-
-    Args:
-        params: The parameters.
-    """
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        grads = [p.grad for p in params]
-        self._seen = params, [*map(id, grads)], [0 if grad is None else grad._version for grad in grads]
-        self._by_parameter: dict[Tensor, list[int]] | None = None  # made when it is first asked for
-
-    def is_there(self, p: Tensor) -> bool:
-        """Tell whether `p.grad` is still the same, unchanged."""
-        if p.grad is None:
-            return False
-        if self._by_parameter is None:
-            self._by_parameter = {q: which for q, *which in zip(*self._seen, strict=True)}
-        return self._by_parameter.get(p) == [id(p.grad), p.grad._version]
 
 
 def changed(squared: bool, redrawn: bool) -> str:
@@ -150,3 +134,22 @@ def average_loss(losses: Sequence[Any], averaged: bool | None) -> Any:
     if averaged is False:
         raise RuntimeError(CLOSURE)
     return sum(losses[1:], losses[0]) / len(losses)
+
+
+def average_gradients(params: Iterable[Tensor], before: Mapping[Tensor, tuple[Tensor, int]], contexts: int) -> None:
+    """Make `p.grad` the running average over contexts, as it is the running sum when they add up.
+
+    Args:
+        params: Those that have had a gradient in this window.
+        before: What was in `p.grad` before the last context, with its version; the average of those before it.
+        contexts: How many there were before it.
+    """
+    share = contexts / (contexts + 1.0)
+    for p in params:
+        earlier = before[p][0] if p in before else None
+        if p.grad is None:
+            p.grad = None if earlier is None else earlier.mul_(share)
+        elif earlier is None:
+            p.grad.mul_(1.0 - share)
+        else:
+            p.grad.lerp_(earlier, share)
