@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Compiled:
             "square": passes.square,
             "update": passes.update,
         }
-        self._functions = {name: compile_pass(f) for name, f in functions.items()}
+        self._functions = {name: compile_pass(with_options(f)) for name, f in functions.items()}
         self.failed = False
 
     def prepare(self, theta: Tensor, mean: Tensor, hess: Tensor) -> Lanes | None:
@@ -59,25 +60,26 @@ class Compiled:
         self, theta: Tensor, prepared: Lanes, words: Tensor, ess: float, weight_decay: float, keep: bool = True
     ) -> bool:
         """Run the first pass on a whole tensor; see `Execution.sample_whole`."""
-        done = self._call("sample", *prepared, words.to(theta.device, non_blocking=True), ess, weight_decay, keep)
+        words = words.to(theta.device, non_blocking=True)
+        done = self._call("sample", theta.device, (*prepared, words), (ess, weight_decay), keep)
         if done:
             torch.autograd.graph.increment_version(theta)
         return done
 
     def draw_lanes(self, lanes: list[Tensor], columns: Tensor, indices: Tensor, words: Tensor) -> bool:
         """Run `passes.draw_lanes`."""
-        return self._call("draw_lanes", lanes, columns, indices, words)
+        return self._call("draw_lanes", columns.device, (lanes, columns, indices, words))
 
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> bool:
         """Run `passes.take_product`."""
-        done = self._call("take_product", *map(_flat, (theta, mean, grad)), factor, squared)
+        done = self._call("take_product", theta.device, map(_flat, (theta, mean, grad)), (factor,), squared)
         if done:
             torch.autograd.graph.increment_version((theta, mean))
         return done
 
     def add_product(self, total: Tensor, theta: Tensor, mean: Tensor, grad: Tensor, factor: float) -> bool:
         """Run `passes.add_product`."""
-        return self._call("add_product", *map(_flat, (total, theta, mean, grad)), factor)
+        return self._call("add_product", total.device, map(_flat, (total, theta, mean, grad)), (factor,))
 
     def subtract_noise(
         self, theta: Tensor, hess: Tensor, grad: Tensor | None, words: Tensor, options: NoiseOptions
@@ -87,29 +89,34 @@ class Compiled:
             return False
         grads = None if grad is None else apart(grad)
         words = words.to(theta.device, non_blocking=True)
-        done = self._call("subtract_noise", apart(theta), apart(hess), grads, words, *options)
+        ess, weight_decay, beta2, factor, first = options
+        tensors = apart(theta), apart(hess), grads, words, factor if isinstance(factor, Tensor) else None
+        numbers = ess, weight_decay, beta2, 1.0 if isinstance(factor, Tensor) else factor
+        done = self._call("subtract_noise", theta.device, tensors, numbers, first)
         if done:
             torch.autograd.graph.increment_version((theta, hess))
         return done
 
     def square(self, total: Tensor, grad: Tensor, factor: float, keep: bool) -> bool:
         """Run `passes.square`."""
-        return self._call("square", *map(_flat, (total, grad)), factor, keep)
+        return self._call("square", total.device, map(_flat, (total, grad)), (factor,), keep)
 
     def update(self, tensors: UpdateTensors, options: UpdateOptions) -> bool:
         """Run `passes.update`."""
         mean, _, _, momentum, hess, _ = tensors
-        done = self._call("update", *map(_flat, tensors), *options)
+        *numbers, price, average = options
+        done = self._call("update", mean.device, map(_flat, tensors), tuple(numbers), price, average)
         if done:
             torch.autograd.graph.increment_version((mean, momentum, hess))
         return done
 
-    def _call(self, name: str, *args: Any) -> bool:
+    def _call(
+        self, name: str, device: torch.device, tensors: Iterable[Any], options: tuple[float, ...] = (), *flags: bool
+    ) -> bool:
         if self.failed:
             return False
-        args = tuple(float(a) if type(a) is int else a for a in args)  # whose value would be compiled in
         try:
-            self._functions[name](*args)
+            self._functions[name](tuple(tensors), on_device(options, device), *flags)
         except Exception as error:  # of any kind: compilers are not part of torch
             self.failed = True
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -128,6 +135,29 @@ def compile_pass(function: Callable[..., None]) -> Callable[..., None]:
     return compile_(function, dynamic=True, fullgraph=True, options={"cpp.dynamic_threads": True})
 
 
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a pass that takes its numbers from one tensor, or from a tuple: a tensor is handed over at once."""
+
+    @functools.wraps(function)
+    def run(tensors: tuple[Any, ...], options: Tensor | tuple[float, ...], *flags: bool) -> None:
+        function(*tensors, *options, *flags)
+
+    # The compiler counts the variants of a code, and gives up after eight: each pass needs one of its own.
+    made: Any = run
+    made.__code__ = made.__code__.replace(co_name=function.__name__)
+    return made
+
+
+@functools.lru_cache(maxsize=64)  # those of a step are the same for all of its tensors
+@torch.inference_mode(False)
+def on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor | tuple[float, ...]:
+    """Return numbers as a tensor on a device, fp64; as they are, where there may be no such tensors."""
+    numbers = tuple(map(float, numbers))  # the value of an integer would be compiled in
+    if device.type not in ("cpu", "cuda"):
+        return numbers
+    return torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
+
+
 def sample_whole(
     thetas: list[Tensor],
     means: list[Tensor],
@@ -143,10 +173,23 @@ def sample_whole(
 
 
 def subtract_noise_whole(
-    thetas: list[Tensor], hesses: list[Tensor], grads: list[Tensor] | None, words: Tensor, *options: Any
+    thetas: list[Tensor],
+    hesses: list[Tensor],
+    grads: list[Tensor] | None,
+    words: Tensor,
+    scale: Tensor | None,
+    ess: float,
+    weight_decay: float,
+    beta2: float,
+    factor: float,
+    first: bool,
 ) -> None:
-    """Run `passes.subtract_noise_lanes` on the four lanes of a whole tensor, whose size is a multiple of four."""
+    """Run `passes.subtract_noise_lanes` on the four lanes of a whole tensor, whose size is a multiple of four.
+
+    `scale` is the factor on the gradient in a 0-dim tensor, where it is not to be read by the host.
+    """
     columns = torch.arange(hesses[0].shape[0], device=hesses[0].device)
+    options = ess, weight_decay, beta2, factor if scale is None else scale, first
     passes.subtract_noise_lanes(thetas, hesses, grads, columns, words, *options)
 
 

@@ -12,7 +12,6 @@ from hf_ivon import compiled, execution, native, passes, philox, sampling
 from hf_ivon.native import Native
 from hf_ivon.optim import IVON
 from hf_ivon.packs import MAX_ELEMENTS
-from hf_ivon.passes import UpdateOptions
 
 COMPILED_SIZE = MAX_ELEMENTS
 
@@ -348,7 +347,8 @@ def test_compiled_loops_run_in_the_threads_of_their_call(threads, monkeypatch):
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch._dynamo.reset()
-    _, [code] = run_and_get_code(compiled.compile_pass(passes.take_product), *torch.rand(3, 96), 1.0, False)
+    function = compiled.compile_pass(compiled.with_options(passes.take_product))
+    _, [code] = run_and_get_code(function, tuple(torch.rand(3, 96)), torch.ones(1, dtype=torch.float64), False)
     assert re.findall(r"#pragma omp parallel.*", code) == ["#pragma omp parallel"]
 
 
@@ -367,16 +367,16 @@ def test_a_compiled_pass_is_one_loop_without_temporaries(name, reads, writes):
     from torch._inductor.utils import run_and_get_code
 
     a, b, c, d, e = (torch.rand(2**16) + 0.1 for _ in range(5))
-    words = philox.noise_words((1,), 0)
-    apart = [compiled.apart(t) for t in (a, b, c)]
-    arguments = {
-        "sample": (*apart, words, 10.0, 1e-3, True),
-        "take_product": (a, b, c, 1.0, False),
-        "update": (a, b, c, d, e, None, *UpdateOptions(10.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True, False)),
-    }
+    lanes = [compiled.apart(t) for t in (a, b, c)]
+    tensors, numbers, *flags = {
+        "sample": ((*lanes, philox.noise_words((1,), 0)), (10.0, 1e-3), True),
+        "take_product": ((a, b, c), (1.0,), False),
+        "update": ((a, b, c, d, e, None), (10.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0), True, False),
+    }[name]
     torch._dynamo.reset()
     function = {"sample": compiled.sample_whole, "take_product": passes.take_product, "update": passes.update}[name]
-    _, [code] = run_and_get_code(compiled.compile_pass(function), *arguments[name])
+    options = compiled.on_device(numbers, a.device)
+    _, [code] = run_and_get_code(compiled.compile_pass(compiled.with_options(function)), tensors, options, *flags)
     assert code.count("async_compile.cpp_pybinding(") == 1
     assert "empty_strided_cpu(" not in code.split("def call(")[1]
     kernel = code[code.index('extern "C"') : code.index("async_compile.wait")]
