@@ -23,6 +23,9 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
+// From so many elements on a tensor does not stay in a cache from one pass to the next.
+constexpr int64_t LARGE = 1 << 20;
+
 typedef float Floats __attribute__((vector_size(4 * W)));
 typedef int32_t Ints __attribute__((vector_size(4 * W)));
 typedef uint32_t Words __attribute__((vector_size(4 * W)));
@@ -61,9 +64,13 @@ void count(int64_t) {}
 // How many elements of a vector are meant: all, which the compiler knows, or the last ones of a tensor.
 using All = std::integral_constant<int64_t, W>;
 
+// Asks for what is read soon: a processor's own prefetching stops at the end of each page, of each of many streams.
+void prefetch(const void* from) { __builtin_prefetch(static_cast<const char*>(from) + 1024); }
+
 template <class Number>
 Floats load(const float* from, Number number) {
     Floats vector = filled<Floats>(1.0f);  // what is not loaded must not make exceptions
+    prefetch(from);
     count(number * sizeof(float));
     std::memcpy(&vector, from, number * sizeof(float));
     return vector;
@@ -78,6 +85,7 @@ void store(float* to, Floats vector, Number number) {
 template <class Number>
 Floats load(const uint16_t* from, Number number) {
     Halves halves{};
+    prefetch(from);
     count(number * sizeof(uint16_t));
     std::memcpy(&halves, from, number * sizeof(uint16_t));
     return bits<Floats>(__builtin_convertvector(halves, Words) << 16);
@@ -92,6 +100,25 @@ void store(uint16_t* to, Floats vector, Number number) {
     Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), Halves);
     count(number * sizeof(uint16_t));
     std::memcpy(to, &halves, number * sizeof(uint16_t));
+}
+
+// Past the caches, where it can be: the memory is not read first then. For what is not needed soon.
+template <class Number>
+void store_past(float* to, Floats vector, Number number) {
+#if defined(__SSE2__)
+    if (number == W && (uintptr_t)to % sizeof vector == 0) {
+        count(sizeof vector);
+#if defined(__AVX512F__)
+        _mm512_stream_ps(to, (__m512)vector);
+#elif defined(__AVX2__)
+        _mm256_stream_ps(to, (__m256)vector);
+#else
+        _mm_stream_ps(to, (__m128)vector);
+#endif
+        return;
+    }
+#endif
+    store(to, vector, number);
 }
 
 Floats square_root(Floats x) {
@@ -131,6 +158,15 @@ Wides product_of_words(Wides a, Wides b) {
 #endif
 }
 
+// The upper halves where the lower ones are.
+Wides upper(Wides a) {
+#if defined(__AVX512F__)
+    return (Wides)_mm512_movehdup_ps((__m512)a);  // not on the port that shifts and products share
+#else
+    return a >> 32;
+#endif
+}
+
 // ---------------------------------------------------------------------- noise, as in hf_ivon/philox.py
 
 constexpr int ROUNDS = 7;
@@ -152,9 +188,9 @@ inline void philox(Wides c[4], const Key& key) {
     const Wides m0 = filled<Wides>((uint64_t)0xD2511F53), m1 = filled<Wides>((uint64_t)0xCD9E8D57);
     for (int i = 0; i < ROUNDS; i++) {
         Wides p0 = product_of_words(c[0], m0), p1 = product_of_words(c[2], m1);
-        c[0] = (p1 >> 32) ^ c[1] ^ key.first[i];
+        c[0] = upper(p1) ^ c[1] ^ key.first[i];
         c[1] = p1;
-        c[2] = (p0 >> 32) ^ c[3] ^ key.second[i];
+        c[2] = upper(p0) ^ c[3] ^ key.second[i];
         c[3] = p0;
     }
 }
@@ -178,7 +214,7 @@ inline Floats logarithm(Floats x) {
 inline Floats of_high_bits(Words words) { return __builtin_convertvector(bits<Ints>(words >> 8), Floats); }
 
 inline void box_muller(Words first, Words second, Floats& x, Floats& y) {
-    Floats radius = square_root(logarithm((of_high_bits(first) + 0.5f) * 0x1p-24f) * -2.0f);
+    Floats radius = square_root(logarithm(of_high_bits(first) * 0x1p-24f + 0x1p-25f) * -2.0f);
     Floats quarter = (of_high_bits(second) - 8388607.5f) * 9.362675555e-8f;  // pi / 2**25
     Floats square = quarter * quarter;
     Floats sine = (square * -1.9515295891e-4f + 8.3321608736e-3f) * square - 1.6666654611e-1f;
@@ -193,9 +229,11 @@ inline void box_muller(Words first, Words second, Floats& x, Floats& y) {
 inline Words together(Wides even, Wides odd) { return bits<Words>((even & 0xFFFFFFFF) | (odd << 32)); }
 
 // The four draws of each of W columns, of the tensor with this number.
-inline void normals(uint64_t column, uint32_t index, const Key& key, Floats draws[4]) {
-    Wides columns = filled<Wides>(column);
-    for (int i = 0; i < W / 2; i++) columns[i] += 2 * i;
+__attribute__((always_inline)) inline void normals(uint64_t column, uint32_t index, const Key& key, Floats draws[4]) {
+    static const uint64_t places[8] = {0, 2, 4, 6, 8, 10, 12, 14};
+    Wides columns;
+    std::memcpy(&columns, places, sizeof columns);
+    columns += column;
     Wides even[4] = {columns, filled<Wides>((uint64_t)index), key.c2, key.c3};
     Wides odd[4] = {columns + 1, even[1], key.c2, key.c3};
     philox(even, key);
@@ -220,6 +258,9 @@ void share(int64_t count, int threads, Length length, Work work) {
             int64_t from = std::max<int64_t>(begin - offset, 0), to = std::min(end - offset, length(i));
             if (from < to) work(i, from, to);
         }
+#if defined(__SSE2__)
+        _mm_sfence();  // for `store_past`
+#endif
     }
 }
 
@@ -277,9 +318,11 @@ void sample(int64_t count, const int64_t* sizes, void* const* thetas, float* con
         Weight* theta = static_cast<Weight*>(thetas[i]);
         float* kept = means[i];
         const float* hess = hesses[i];
+        const bool large = sizes[i] >= LARGE;
         return [=](int64_t at, Floats draw, auto number) {
             Floats mean = keep ? load(theta + at, number) : load(kept + at, number);
-            if (keep) store(kept + at, mean, number);
+            if (keep && large) store_past(kept + at, mean, number);
+            if (keep && !large) store(kept + at, mean, number);
             Floats std = reciprocal_root((load(hess + at, number) + weight_decay) * ess);
             store(theta + at, mean + std * draw, number);
         };
