@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hf_ivon import distributed, replicas, windows
 from hf_ivon.earlier_gradients import STALE, EarlierGradients
+from hf_ivon.products import Products
 from hf_ivon.sampling import WeightSampler
 from hf_ivon.state import parameter_names
 from hf_ivon.windows import Context
@@ -47,10 +48,10 @@ class GradientCapture:
 
     def __init__(self, sampler: WeightSampler, *, squared: bool) -> None:
         self._sampler = sampler
+        self.products = Products(sampler)
         self.squared = squared
         self._late = True
         self._context: Context | None = None
-        self._buffers: dict[Tensor, Tensor] = {}
         self._attached: list[Tensor] | None = None
         self._hooked: set[Tensor] = set()
         self._unwatched: list[Tensor] = []  # whose gradients are seen only when they are in `p.grad`
@@ -61,15 +62,13 @@ class GradientCapture:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the window; its buffers go back to the sampler."""
-        self._sampler.end_window(self._buffers)
-        self._buffers.clear()
+        """Forget the window."""
+        self.products.clear()
         self.contexts = 0
         self.entered = 0
         self.averaged: bool | None = None
         self.captured: set[Tensor] = set()
         self._broken: set[Tensor] = set()
-        self._started: set[Tensor] = set()
 
     def attach(self, params: list[Tensor]) -> None:
         """Hook the parameters that are not hooked yet; the hooks die with this object."""
@@ -92,8 +91,9 @@ class GradientCapture:
     def _watch_gradients(self) -> None:
         """Hook also what backward passes add to `p.grad`: they take longer then, so not before it is needed."""
         for p in self._unwatched:
-            self._handles.append(p.register_hook(self._hook(GradientCapture._on_gradient, p)))
-        self._unwatched.clear()
+            if p.requires_grad:
+                self._handles.append(p.register_hook(self._hook(GradientCapture._on_gradient, p)))
+        self._unwatched = [p for p in self._unwatched if not p.requires_grad]  # frozen since they were attached
 
     def _hook(self, method: Callable[..., Any], *args: Tensor) -> Callable[[Tensor], Any]:
         """Return a hook that calls a method, and that does not keep this object alive."""
@@ -143,7 +143,11 @@ class GradientCapture:
             RuntimeError: If a gradient is sparse.
         """
         context = self._context
-        if context is None or not context.late:
+        if context is None:
+            return
+        if context.small:
+            self._add_small(context)
+        if not context.late:
             return
         grads, changed = {}, False
         for p, mark in context.late.items():
@@ -155,11 +159,7 @@ class GradientCapture:
         if changed:
             self._late = False
             logger.warning(windows.changed(self.squared, bool(self._sampler.redrawn.sampled())))
-        products = self._sampler.take_products(grads, context.inverse_scale, self.squared)
-        self._buffers.update(products)
-        self._started.update(products)
-        for p in () if self.squared else [p for p in self._sampler.written if p in grads]:
-            self._add_noise_grad(p, grads[p], context.inverse_scale)
+        self.products.take(grads, context.inverse_scale, self.squared)
 
     def end(self, failed: bool) -> None:
         """Close the training context and settle how it joins the window.
@@ -209,7 +209,8 @@ class GradientCapture:
             context.seen.clear()
             context.accumulated.clear()
             context.late.clear()
-            self._started.clear()
+            context.small.clear()
+            self.products.discard()
         elif self.contexts % mc_samples == 0 and windows.overflowed(context):
             dropped = True
             self.clear()
@@ -250,31 +251,13 @@ class GradientCapture:
         Args:
             params: All trainable parameters, in the same order everywhere; one without gradient here counts as zero.
         """
-        if distributed.world_size() == 1 or self.squared:  # squares are of reduced gradients
-            return
-        redrawn = self._sampler.redrawn
-        redrawn.average(params)
-        groups = [p for p in params if p in self._started and replicas.is_replicated(p)]
-        replicas.average_over_groups(groups, [distributed.local(self._buffers[p]) for p in groups])
-        whole = [p for p in params if not (p in redrawn or distributed.is_sharded(p))]  # sharded ones come reduced
-        for p in whole:
-            if p not in self._started:
-                self._started.add(p)
-                self._buffers[p] = self._sampler.borrow(p).zero_()
-        distributed.average_([self._buffers[p] for p in whole])
+        if distributed.world_size() > 1 and not self.squared:  # squares are of reduced gradients
+            self.products.average(params)
 
     @property
     def divisor(self) -> float:
         """What the window's buffers are to be divided by."""
         return float(self.contexts) if self.averaged else 1.0
-
-    def curvature(self, p: Tensor) -> Tensor | None:
-        """Return the window's buffer for `p`, shape of `p`, to be divided by `divisor`; None if its Hessian is new."""
-        return None if self._sampler.redrawn.has_learned(p) else self._buffers[p]
-
-    def buffers(self, params: Iterable[Tensor]) -> list[Tensor | None]:
-        """Return the window's buffers for parameters; None for one without."""
-        return list(map(self._buffers.get, params))
 
     def finish(self, params: Sequence[Tensor]) -> None:
         """Close the window after a step, and remember its gradients to recognize them if they are never cleared."""
@@ -303,7 +286,7 @@ class GradientCapture:
             if not context.may_wait:
                 self._check_first(context, p)
         if not (self.squared or context.may_wait):
-            self._add_noise_grad(p, grad, context.inverse_scale * context.weight)
+            self._add_product(context, p, grad)
         return None if context.weight == 1.0 else grad * context.weight
 
     def _on_accumulated(self, p: Tensor) -> None:
@@ -338,8 +321,8 @@ class GradientCapture:
         if self.squared or p.grad is None:
             return
         if of_group is None:
-            self._started.discard(p)
-        self._add_noise_grad(p, p.grad if of_group is None else of_group, context.inverse_scale * context.weight)
+            self.products.discard([p])
+        self.products.add(p, p.grad if of_group is None else of_group, context.inverse_scale * context.weight)
 
     def _check_first(self, context: Context, p: Tensor) -> None:
         """Read off `p.grad`, before this context adds to it, whether the window's gradient was cleared."""
@@ -354,17 +337,18 @@ class GradientCapture:
         elif self._earlier.is_stale(p):
             raise RuntimeError(STALE)
 
-    def _add_noise_grad(self, p: Tensor, grad: Tensor, factor: float | Tensor) -> None:
-        sampler = self._sampler
-        if p in sampler.redrawn:
-            sampler.redrawn.learn(p, grad, factor)
+    def _add_product(self, context: Context, p: Tensor, grad: Tensor) -> None:
+        if not self._sampler.in_pack(p):
+            self.products.add(p, grad, context.inverse_scale * context.weight)
             return
-        if p not in self._started:
-            self._started.add(p)
-            self._buffers[p] = (self._buffers[p] if p in self._buffers else sampler.borrow(p)).zero_()
-        with torch.no_grad():
-            weights, gradient = distributed.local(p), distributed.local(grad)
-            sampler.execution.add_product(self._buffers[p], weights, sampler.means[p], gradient, factor)
+        if p in context.small:  # of an earlier backward pass
+            self._add_small(context)
+        context.small[p] = grad
+
+    def _add_small(self, context: Context) -> None:
+        """Add gradient times noise of parameters in packs, for which it is done all at once."""
+        self.products.add_small(context.small, context.inverse_scale * context.weight)
+        context.small.clear()
 
     def _settle(self, context: Context) -> None:
         """Decide between averaging and summing from what this context found in `p.grad`."""
@@ -384,15 +368,11 @@ class GradientCapture:
         """Keep the squared gradient: of the sum so far, or summed over the contexts that are to be averaged."""
         # Other processes may have had a gradient where this one had none; the reduction has brought it here.
         params = context.accumulated if distributed.world_size() == 1 else self._hooked
-        for p in params:
-            if p.grad is None or (self.contexts == 0 and p in self._buffers):  # taken when the mean was put back
-                continue
-            keep = self.averaged and p in self._started
-            if p not in self._buffers:
-                self._buffers[p] = self._sampler.borrow(p)
-            grad = distributed.local(p.grad)
-            self._sampler.execution.square(self._buffers[p], grad, context.inverse_scale, bool(keep))
-            self._started.add(p)
+        grads = {p: p.grad for p in params if p.grad is not None}
+        if self.contexts == 0:  # some may have been taken when the mean was put back
+            grads = {p: grad for p, grad in grads.items() if p not in self.products}
+        if grads:
+            self.products.square(grads, context.inverse_scale, bool(self.averaged))
 
 
 def _remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

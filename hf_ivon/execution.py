@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_ivon import passes
-from hf_ivon.compiled import NOT_COMPILED, Compiled, apart, lanes
+from hf_ivon.compiled import Compiled, lanes
 from hf_ivon.functional import cache_sized, sample
+from hf_ivon.fused_passes import fused_passes, native_passes, redraws
 from hf_ivon.native import Native
 from hf_ivon.packs import Pack, is_plain
 from hf_ivon.passes import NoiseOptions, UpdateOptions
-from hf_ivon.philox import noise_words, normal_range
+from hf_ivon.philox import normal_range
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +171,7 @@ class Execution:
             Column of the noise before which it has been added, after each piece.
         """
         run = self._fused_passes(theta, hess)
-        if run is not None and _redraws(run, theta.device.type):
+        if run is not None and redraws(run, theta.device.type):
             prepared: Any = run.prepare(theta, theta, hess)
             if prepared is not None and run.sample(theta, prepared, words, ess, weight_decay, keep=False):
                 yield -(-theta.numel() // 4)
@@ -211,7 +210,7 @@ class Execution:
         end = width if end is None else end
         tensors = [theta, hess, *([] if grad is None else [grad])]
         run = self._fused_passes(*tensors) if (begin, end) == (0, width) else None
-        if run is not None and _redraws(run, theta.device.type):
+        if run is not None and redraws(run, theta.device.type):
             if run.subtract_noise(theta, hess, grad, words, options):
                 yield width
                 return
@@ -238,6 +237,21 @@ class Execution:
         for s, t, m, g in cache_sized(total, theta, mean, grad):
             passes.add_product(s, t, m, g, factor)
 
+    def add_pack_product(self, pack: Pack, grads: Sequence[Tensor | None], factor: float | Tensor) -> None:
+        """Run `passes.add_product` on the parameters of a pack that have a gradient, and its buffer "product".
+
+        Args:
+            pack: Holds weight samples; its buffer "mean" is read.
+            grads: Gradient of each parameter, in its shape, or None.
+            factor: Multiplies them; may be a 0-dim tensor.
+        """
+        native = self.native(pack)
+        if native is None:
+            grad = pack.gather("grad", grads)
+            self.add_product(pack.flat("product"), pack.flat("theta"), pack.flat("mean"), grad, factor)
+        else:
+            native.add_pack_product(pack, *_scaled(pack.plain(grads), factor))
+
     def square(self, total: Tensor, grad: Tensor, factor: float | Tensor, keep: bool) -> None:
         """Run `passes.square` on tensors of any size; the factor may be a 0-dim tensor."""
         if isinstance(factor, float):
@@ -246,6 +260,24 @@ class Execution:
                 return
         for s, g in cache_sized(total, grad):
             passes.square(s, g, factor, keep)
+
+    def square_pack(self, pack: Pack, grads: Sequence[Tensor | None], factor: float | Tensor, keep: bool) -> None:
+        """Run `passes.square` on the parameters of a pack that have a gradient, and its buffer "product".
+
+        Args:
+            pack: The pack.
+            grads: Gradient of each parameter, in its shape, or None.
+            factor: Multiplies them; may be a 0-dim tensor.
+            keep: See `passes.square`.
+        """
+        native = self.native(pack)
+        if native is not None:
+            native.square_pack(pack, *_scaled(pack.plain(grads), factor), keep)
+            return
+        grad = pack.gather("grad", grads)
+        for missing, _, elements in pack.runs([grad is None for grad in grads]):
+            if not missing:
+                self.square(pack.flat("product")[elements], grad[elements], factor, keep)
 
     def update(
         self,
@@ -280,105 +312,8 @@ def _pieces(*tensors: Tensor, begin: int = 0, end: int | None = None) -> Iterato
         yield start, stop, [[lane[start:stop] for lane in tensor] for tensor in of_each]
 
 
-_lock = threading.RLock()
-
-
-def fused_passes(device_type: str) -> Native | Compiled | None:
-    """Return the fused passes, after a comparison with the eager ones on a few numbers; None if they differ.
-
-    On a CPU they are those in C++, and if these cannot be built, those of `torch.compile`, as everywhere else.
-    """
-    with _lock:
-        run = _make_and_check(device_type)
-    return None if isinstance(run, Compiled) and run.failed else run
-
-
-def native_passes(device_type: str) -> Native | None:
-    """Return the passes in C++, after such a comparison; None if there are none for these devices."""
-    with _lock:
-        return _make_native() if device_type == "cpu" else None
-
-
-@functools.cache
-@torch.no_grad()
-def _make_native() -> Native | None:
-    try:
-        run = Native()
-        _check(run, "cpu")
-    except (OSError, AttributeError, ArithmeticError) as error:
-        logger.info("The passes in C++ cannot be used (%s).", error)
-        return None
-    return run
-
-
-@functools.cache
-@torch.no_grad()
-def _make_and_check(device_type: str) -> Native | Compiled | None:
-    if (native := native_passes(device_type)) is not None:
-        return native
-    run = Compiled()
-    try:
-        _check(run, device_type)
-    except ArithmeticError as error:
-        logger.warning(NOT_COMPILED, error)
-        return None
-    return run
-
-
-def _check(run: Native | Compiled, device_type: str) -> None:
-    """Compare the passes with the eager ones on a few numbers.
-
-    Raises:
-        ArithmeticError: If they differ.
-    """
-    eager = Execution(foreach=False, fused=False)
-    for size in (4 * 24, 4 * 1000):
-        words = noise_words((size,), 1)
-        start = torch.linspace(0.1, 1.0, size, dtype=torch.float32, device=device_type)
-        expected = [start * (i + 1) for i in range(6)]
-        tensors = [t.clone() for t in expected]
-        options = UpdateOptions(100.0, 1e-3, 0.9, 0.999, 0.1, 1.0, 0.1, 1.0, True, False)
-        theta, mean, hess, momentum, grad, total = expected
-        mean.copy_(theta)
-        eager.sample(theta, mean, hess, words, ess=100.0, weight_decay=1e-3)
-        passes.add_product(total, theta, mean, grad, 2.0)
-        passes.square(total, grad, 2.0, True)
-        eager.take_product(theta, mean, grad, 1.0, False)
-        eager.update(theta, grad, mean, momentum, hess, None, options)
-        theta, mean, hess, momentum, grad, total = tensors
-        prepared: Any = run.prepare(theta, mean, hess)
-        ran = [
-            run.sample(theta, prepared, words, 100.0, 1e-3),
-            run.add_product(total, theta, mean, grad, 2.0),
-            run.square(total, grad, 2.0, True),
-            run.take_product(theta, mean, grad, 1.0, False),
-            run.update((theta, grad, mean, momentum, hess, None), options),
-        ]
-        if isinstance(run, Compiled):
-            columns, drawn = torch.arange(size // 4, device=device_type), torch.empty_like(start)
-            ran.append(run.draw_lanes(apart(drawn), columns, columns // 8, words.to(device_type)))
-            passes.draw_lanes(lanes(start), columns, columns // 8, words.to(device_type))
-            tensors.append(drawn)
-            expected.append(start)
-        if not all(ran):
-            return  # it has said why, and is not used
-        if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(tensors, expected, strict=True)):
-            raise ArithmeticError("the fused passes give other numbers than the eager ones")
-
-
-@functools.cache
-@torch.no_grad()
-def _redraws(run: Native | Compiled, device_type: str) -> bool:
-    """Tell whether a fused pass takes noise off as the eager one does; else the eager one is used."""
-    eager = Execution(foreach=False, fused=False)
-    words, options = noise_words((0,), 1), NoiseOptions(100.0, 1e-3, 0.9, 2.0, True)
-    start = torch.linspace(0.1, 1.0, 4000, dtype=torch.float32, device=device_type)
-    (theta, hess), (other, learned), grad = (start, start * 2), (start.clone(), start * 2), start * 3
-    for _ in eager.subtract_noise(theta, hess, grad, words, options):
-        pass
-    if not run.subtract_noise(other, learned, grad, words, options):
-        return False
-    alike = all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in ((theta, other), (hess, learned)))
-    if not alike:
-        logger.warning(NOT_COMPILED, "that for `low_memory` gives other numbers than the eager one")
-    return alike
+def _scaled(grads: list[Tensor | None], factor: float | Tensor) -> tuple[list[Tensor | None], float]:
+    """Multiply by a factor that is not to be read by the host; others are left to the pass."""
+    if isinstance(factor, Tensor):
+        return [None if grad is None else grad * factor for grad in grads], 1.0
+    return grads, factor

@@ -115,6 +115,12 @@ class Native:
         self._add_product(1, _sizes(theta), *places, factor, narrow, threads)
         return True
 
+    def add_pack_product(self, pack: Pack, grads: Sequence[Tensor | None], factor: float) -> None:
+        """Run `passes.add_product` on the parameters of a pack that have a gradient, and its buffer "product"."""
+        places = [*(pack.addresses(name) for name in ("product", "params", "mean")), addresses_of(grads)]
+        threads = _threads(pack.starts[-1])
+        self._add_product(len(pack.params), pack.sizes, *places, factor, False, threads)
+
     def subtract_noise(
         self, theta: Tensor, hess: Tensor, grad: Tensor | None, words: Tensor, options: NoiseOptions
     ) -> bool:
@@ -133,6 +139,11 @@ class Native:
         places = (addresses_of([t]) for t in (total, grad))
         self._square(1, _sizes(total), *places, factor, keep, _threads(total.numel()))
         return True
+
+    def square_pack(self, pack: Pack, grads: Sequence[Tensor | None], factor: float, keep: bool) -> None:
+        """Run `passes.square` on the parameters of a pack that have a gradient, and its buffer "product"."""
+        places, threads = (pack.addresses("product"), addresses_of(grads)), _threads(pack.starts[-1])
+        self._square(len(pack.params), pack.sizes, *places, factor, keep, threads)
 
     def update(self, tensors: UpdateTensors, options: UpdateOptions) -> bool:
         """Run `passes.update`."""

@@ -254,13 +254,26 @@ class Pack:
                 p.copy_(weights.view(p.shape))
 
     def gather(self, name: str, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Copy tensors, of the parameters' shapes or None, into a buffer; returns the buffer."""
-        views, given = self.views(name), [t for t in tensors if t is not None]
+        """Copy tensors, of the parameters' shapes, into a buffer, if they are not its parts; zeros for None.
+
+        Args:
+            name: That of the buffer.
+            tensors: One for each parameter.
+
+        Returns:
+            The buffer.
+        """
+        views = self.views(name)
+        if all(map(is_, tensors, views)):
+            return self.flat(name)
+        given = [t for t in tensors if t is not None]
         if len(given) == len(tensors) and self._one_dimensional:
             return torch.cat(given, out=self.flat(name))
         if len(given) < len(tensors):
+            torch._foreach_zero_([view for view, t in zip(views, tensors, strict=True) if t is None])
             views = [view for view, t in zip(views, tensors, strict=True) if t is not None]
-        torch._foreach_copy_(views, given)
+        if given:
+            torch._foreach_copy_(views, given)
         return self.flat(name)
 
     def runs(self, keys: Sequence[Any]) -> Iterator[tuple[Any, slice, slice]]:

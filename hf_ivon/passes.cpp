@@ -355,6 +355,7 @@ template <class Weight>
 void add_product(int64_t count, const int64_t* sizes, float* const* totals, void* const* thetas,
                  const float* const* means, void* const* grads, float factor, int threads) {
     share_vectors(count, threads, sizes, [=](int64_t i, int64_t at, auto number) {
+        if (!grads[i]) return;
         const Weight *theta = static_cast<Weight*>(thetas[i]), *grad = static_cast<Weight*>(grads[i]);
         Floats noise = load(theta + at, number) - load(means[i] + at, number);
         Floats product = noise * load(grad + at, number) * factor;
@@ -398,17 +399,18 @@ void ivon_subtract_noise(int64_t count, const int64_t* sizes, float* const* thet
     subtract_noise(count, sizes, thetas, hesses, grads, indices, key, ess, weight_decay, rate, factor, first, threads);
 }
 
-// Adds gradient times noise to `totals`.
+// Adds gradient times noise to `totals`, where there is a gradient.
 void ivon_add_product(int64_t count, const int64_t* sizes, float* const* totals, void* const* thetas,
                       const float* const* means, void* const* grads, float factor, int narrow, int threads) {
     auto run = narrow ? add_product<uint16_t> : add_product<float>;
     run(count, sizes, totals, thetas, means, grads, factor, threads);
 }
 
-// Puts the squares of the gradients into `totals`, or adds them to what is there.
+// Puts the squares of the gradients into `totals`, or adds them to what is there; nothing without a gradient.
 void ivon_square(int64_t count, const int64_t* sizes, float* const* totals, const float* const* grads, float factor,
                  int keep, int threads) {
     share_vectors(count, threads, sizes, [=](int64_t i, int64_t at, auto number) {
+        if (!grads[i]) return;
         Floats scaled = load(grads[i] + at, number) * factor, square = scaled * scaled;
         store(totals[i] + at, keep ? load(totals[i] + at, number) + square : square, number);
     });

@@ -97,6 +97,7 @@ class WeightSampler:
     Attributes:
         execution: How the passes over memory are run.
         redrawn: The parameters whose means are not kept.
+        packs: Small parameters, as the last context had them.
         means: Parameter to posterior mean, for the parameters that hold a weight sample now.
         written: Parameter whose mean is kept in its state, to its memory and version after the last write from here;
             other memory or a later version was written by others.
@@ -108,6 +109,7 @@ class WeightSampler:
         self.means: dict[Tensor, Tensor] = {}
         self.written: dict[Tensor, tuple[int, int]] = {}
         self.execution = execution
+        self.packs: list[Pack] = []
         # Packs that hold a weight sample now, to the name of the buffer with their means.
         self._sampled_packs: dict[Pack, str] = {}
         self._with_products: set[Pack] = set()
@@ -128,6 +130,7 @@ class WeightSampler:
             draws: All others, in the order of their optimizer.
             train: For training; samples for predictions are as much wider as `eval_ess_scale` says.
         """
+        self.packs = list(packs)
         self.execution.plan(sum(pack.starts[-1] for pack in packs) + sum(draw.p.numel() for draw in draws))
         self._alone = [draw.p for draw in draws]
         self._sharded = any(map(distributed.is_sharded, self._alone))
@@ -272,11 +275,8 @@ class WeightSampler:
         if native is not None:
             native.take_pack_product(pack, pack.plain(grads), scale, squared)
         else:
-            pack.gather("grad", grads)
-            for missing, _, elements in pack.runs([grad is None for grad in grads]):
-                if missing:
-                    pack.flat("grad")[elements].zero_()
-            self.execution.take_product(pack.flat("theta"), pack.flat("mean"), pack.flat("grad"), scale, squared)
+            grad = pack.gather("grad", grads)
+            self.execution.take_product(pack.flat("theta"), pack.flat("mean"), grad, scale, squared)
             self._sampled_packs[pack] = "theta"
         pack.rename("mean", "product")
         self._with_products.add(pack)
@@ -287,6 +287,11 @@ class WeightSampler:
             pack.follow()
         if isinstance(factor, Tensor):
             _scale(pack.flat("product"), factor, squared)
+
+    def keep_products(self, pack: Pack, products: Sequence[Tensor | None]) -> None:
+        """Let a pack have the products of its parameters until the end of the window; zeros for None."""
+        pack.gather("product", products)
+        self._with_products.add(pack)
 
     def restore(self) -> None:
         """Write the means back; what is raised in between is raised after all of them are in place."""
@@ -301,6 +306,10 @@ class WeightSampler:
             self._borrowed.clear()
             self._sampled_packs.clear()
             self.means.clear()
+
+    def in_pack(self, p: Tensor) -> bool:
+        """Tell whether a parameter holds a weight sample, and lies in a pack."""
+        return p in self.means and self.means[p]._is_view()
 
     def holds_sample(self, p: Tensor) -> bool:
         """Tell whether a parameter was given a weight sample in this context, or in this window with `low_memory`."""

@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -85,7 +84,7 @@ def _update_one(
     mean = state.get("mean", p.detach())
     local = distributed.local
     prior_mean = local(state["prior_mean"]) if "prior_mean" in state else None
-    grad, curvature = local(grad.to(mean.dtype)), capture.curvature(p)
+    grad, curvature = local(grad.to(mean.dtype)), capture.products.curvature(p)
     curvature = None if curvature is None else local(curvature)
     execution.update(local(mean), grad, curvature, local(state["momentum"]), local(state["hess"]), prior_mean, options)
     if "mean" in state:
@@ -99,9 +98,7 @@ def _update_pack(pack: Pack, capture: GradientCapture, execution: Execution) -> 
     missing = [grad is None for grad in grads]
     if all(missing):
         return
-    products = capture.buffers(pack.params)
-    if not all(map(is_, products, pack.views("product"))):
-        pack.gather("product", products)
+    pack.gather("product", capture.products.of(pack.params))
     native = execution.native(pack)
     if native is None:
         pack.gather("grad", grads)

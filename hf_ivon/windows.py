@@ -78,7 +78,8 @@ class Context:
 
     Where a context may be the only one of its window, `p.grad` will be its own gradient, and the product with the
     noise may wait for its end: `late` has the gradients of such parameters as backward left them, by identity and
-    version. `seen` are those whose gradient was seen on its way to `p.grad`, `accumulated` those where it got there.
+    version. `small` has those of parameters in packs, whose products are taken together. `seen` are those whose
+    gradient was seen on its way to `p.grad`, `accumulated` those where it got there.
     """
 
     weight: float
@@ -90,6 +91,7 @@ class Context:
     accumulated: set[Tensor] = field(default_factory=set)
     cleared: set[bool] = field(default_factory=set)
     late: dict[Tensor, tuple[int, int]] = field(default_factory=dict)
+    small: dict[Tensor, Tensor] = field(default_factory=dict)
 
 
 def changed(squared: bool, redrawn: bool) -> str:

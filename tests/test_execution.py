@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ivon import compiled, execution, native, passes, philox, sampling
+from hf_ivon import compiled, execution, fused_passes, native, passes, philox, sampling
 from hf_ivon.native import Native
 from hf_ivon.optim import IVON
 from hf_ivon.packs import MAX_ELEMENTS
@@ -19,7 +19,7 @@ COMPILED_SIZE = MAX_ELEMENTS
 @contextmanager
 def fresh_passes():
     """Have the fused passes made anew, here and afterwards."""
-    made = execution._make_native, execution._make_and_check
+    made = fused_passes._make_native, fused_passes._make_and_check
     for function in made:
         function.cache_clear()
     try:
@@ -270,7 +270,7 @@ def test_compiled_passes_that_are_wrong_are_not_used(monkeypatch, caplog):
 def held(optimizer):
     """All tensors that the optimizer holds on to, in elements; each storage once."""
     tensors = [t for state in optimizer.state.values() for t in state.values()]
-    tensors += list(optimizer._capture._buffers.values()) + list(optimizer._sampler.means.values())
+    tensors += list(optimizer._capture.products._sums.values()) + list(optimizer._sampler.means.values())
     tensors += [t for spare in optimizer._sampler._spare.values() for t in spare]
     return sum({t.untyped_storage().data_ptr(): t.numel() for t in tensors}.values())
 
@@ -299,7 +299,7 @@ def test_gradients_clipped_inside_the_block_are_noticed_and_then_kept_out_of_the
                 theta, grad = p.detach().clone(), p.grad.clone()
                 p.grad.mul_(0.1)
             product = grad * (theta - p.detach())
-            torch.testing.assert_close(optimizer._capture.curvature(p), product * (0.1 if step == 0 else 1.0))
+            torch.testing.assert_close(optimizer._capture.products.curvature(p), product * (0.1 if step == 0 else 1.0))
             optimizer.step()
     assert [r.message for r in caplog.records if "changed inside" in r.message] == [caplog.records[0].message]
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from hf_ivon import execution, native, passes, philox
+from hf_ivon import fused_passes, native, passes, philox
 from hf_ivon.execution import Execution
 from hf_ivon.native import Native
 from hf_ivon.optim import IVON
@@ -355,7 +355,7 @@ def test_the_check_is_made_in_fp32_whatever_the_default_dtype():
     """Numbers of two bytes would be overrun by those of four."""
     torch.set_default_dtype(torch.bfloat16)
     try:
-        execution._check(Native(), "cpu")
+        fused_passes.check(Native(), "cpu")
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hf_ivon import execution, native
+from hf_ivon import fused_passes, native
 from hf_ivon.native import Native
 
 pytestmark = pytest.mark.compiler
@@ -75,4 +75,4 @@ def test_processors_of_other_widths_draw_the_same(processor, monkeypatch, tmp_pa
         pytest.skip(f"the compiler does not know {processor}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "_FLAGS", flags)
-    execution._check(Native(), "cpu")
+    fused_passes.check(Native(), "cpu")

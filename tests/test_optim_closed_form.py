@@ -58,7 +58,7 @@ def test_hess_hat_is_unbiased_on_a_quadratic(dtype):
     for _ in range(draws):
         with optimizer.sampled_params(train=True):
             (0.5 * p @ curvature @ p).backward()
-        product = optimizer._capture.curvature(p)
+        product = optimizer._capture.products.curvature(p)
         hess = torch.full_like(p, hess_init)
         estimates.append(functional.hess_hat_price(product.clone(), hess, ess=ess, weight_decay=0.0))
         optimizer.zero_grad()

@@ -24,7 +24,7 @@ def backward(p: nn.Parameter, factor: float = 1.0) -> tuple[torch.Tensor, torch.
 
 def step_and_read(p: nn.Parameter, optimizer: IVON) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what a step used as grad_hat and as hess_hat (up to the known factors)."""
-    curvature, divisor = optimizer._capture.curvature(p), optimizer._capture.divisor
+    curvature, divisor = optimizer._capture.products.curvature(p), optimizer._capture.divisor
     result = p.grad.clone(), curvature / divisor
     optimizer.step()
     return result
@@ -136,7 +136,7 @@ def test_clipping_reaches_the_mean_but_not_the_curvature():
     p, optimizer = make()
     with optimizer.sampled_params(train=True):
         backward(p)
-    product = optimizer._capture.curvature(p).clone()
+    product = optimizer._capture.products.curvature(p).clone()
     nn.utils.clip_grad_norm_([p], 1e-3)
     hess = optimizer.state[p]["hess"].clone()
     hess_hat = functional.hess_hat_price(product, hess, ess=20.0, weight_decay=1e-4)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from hf_ivon.execution import Execution
 from hf_ivon.optim import IVON
 from hf_ivon.packs import pack_key
-from tests.test_execution import make_params, train
+from hf_ivon.products import Products
+from tests.test_execution import COMPILER, fused, make_params, train  # noqa: F401, fixture
 
 OPTIONS = {"lr": 0.1, "ess": 50.0, "beta2": 0.5}
 
@@ -94,6 +96,64 @@ def test_a_second_context_keeps_the_products_of_the_first():
     for some, opt in ((params, optimizer), (others, reference)):
         train(some, opt, steps=2, contexts=3)
     assert_same(params, optimizer, others, reference)
+
+
+@pytest.mark.parametrize("fused", ["eager", pytest.param("native", marks=COMPILER)], indirect=True)
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("hess_approx", ["price", "fisher"])
+def test_contexts_may_reach_different_parameters(fused, averaged, hess_approx):  # noqa: F811
+    """A batch does not use every branch: one without a gradient has shown nothing in it, and loses nothing either."""
+    params, others = small_params(), small_params()
+    options = {**OPTIONS, "hess_approx": hess_approx, "batch_size": 2.0} if hess_approx == "fisher" else OPTIONS
+    optimizer = IVON(params, **options, fused=fused)
+    reference = IVON(others, **options, fused=fused, foreach=False)
+    for some, opt in ((params, optimizer), (others, reference)):
+        for turns in (([0, 1], [1, 2, 3], [3]), ([4], [0, 1, 2], [1, 4])):
+            for turn in turns:
+                with opt.sampled_params(train=True):
+                    if averaged:
+                        opt.zero_grad()
+                    sum(((i + 1.0) * some[i].square()).sum() for i in turn).backward()
+            opt.step()
+            opt.zero_grad()
+    assert_same([p for p in params if p in optimizer.state], optimizer, others, reference)
+
+
+def test_a_step_whose_packs_change_between_its_contexts_keeps_what_the_first_ones_showed():
+    """A layer frozen between two micro-batches makes new packs, while the old ones hold products of the step."""
+    params, others = small_params(), small_params()
+    optimizer, reference = IVON(params, **OPTIONS), IVON(others, **OPTIONS, foreach=False)
+    for some, opt in ((params, optimizer), (others, reference)):
+        for trained in (some, some[1:], some[1:]):
+            with opt.sampled_params(train=True):
+                sum((p**3).sum() for p in trained).backward()
+            some[0].requires_grad_(False)
+        opt.step()
+    assert_same(params[1:], optimizer, others[1:], reference)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_two_losses_in_one_of_several_contexts_both_count(retain):
+    """Their gradients wait for the end of the context, where the second would take the place of the first."""
+    params, others = small_params(), small_params()
+    optimizer, reference = IVON(params, **OPTIONS), IVON(others, **OPTIONS, foreach=False)
+    for some, opt in ((params, optimizer), (others, reference)):
+        for _ in range(2):
+            with opt.sampled_params(train=True):
+                loss = sum((p**3).sum() for p in some)
+                loss.backward(retain_graph=retain)
+                (2.0 * loss if retain else sum(p.square().sum() for p in some[1:])).backward()
+        opt.step()
+    assert_same(params, optimizer, others, reference)
+
+
+def test_small_parameters_of_a_later_context_are_one_call(monkeypatch):
+    """Two thousand calls take twenty microseconds each: as long as several optimizer steps."""
+    params, calls, add = small_params(), [], Execution.add_pack_product
+    monkeypatch.setattr(Execution, "add_pack_product", lambda *args: calls.append(add(*args)))
+    monkeypatch.setattr(Products, "add", None)
+    train(params, IVON(params, **OPTIONS), steps=1, contexts=3)
+    assert len(calls) == 2  # the products of the first are taken when its means are put back
 
 
 def test_saved_state_holds_each_tensor_alone():

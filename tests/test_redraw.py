@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_ivon import IVON, execution, functional, sampling
 from hf_ivon.execution import Execution
+from hf_ivon.fused_passes import redraws
 from hf_ivon.native import Native
 from hf_ivon.passes import NoiseOptions
 from hf_ivon.philox import noise_words, normal_range
@@ -111,7 +112,7 @@ def test_fused_passes_were_really_taken(fused, monkeypatch):  # noqa: F811
     for name in ("sample", "subtract_noise", "update"):
         monkeypatch.setattr(run, name, spy(name))
     p, optimizer = make(fused=fused)
-    assert execution._redraws(run, "cpu")
+    assert redraws(run, "cpu")
     taken.clear()
     train(p, optimizer, steps=1)
     assert taken == ["sample", "subtract_noise", "update"]
