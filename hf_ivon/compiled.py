@@ -42,6 +42,7 @@ class Compiled:
     def __init__(self) -> None:
         functions: dict[str, Callable[..., None]] = {
             "sample": sample_whole,
+            "adopt": passes.adopt,
             "draw_lanes": passes.draw_lanes,
             "take_product": passes.take_product,
             "add_product": passes.add_product,
@@ -64,6 +65,13 @@ class Compiled:
         done = self._call("sample", theta.device, (*prepared, words), (ess, weight_decay), keep)
         if done:
             torch.autograd.graph.increment_version(theta)
+        return done
+
+    def adopt(self, theta: Tensor, mean: Tensor) -> bool:
+        """Run `passes.adopt`."""
+        done = self._call("adopt", theta.device, map(_flat, (theta, mean)))
+        if done:
+            torch.autograd.graph.increment_version(mean)
         return done
 
     def draw_lanes(self, lanes: list[Tensor], columns: Tensor, indices: Tensor, words: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_ivon import passes
 from hf_ivon.compiled import Compiled, lanes
 from hf_ivon.functional import cache_sized, sample
-from hf_ivon.fused_passes import fused_passes, native_passes, redraws
+from hf_ivon.fused_passes import adopts, fused_passes, native_passes, redraws
 from hf_ivon.native import Native
 from hf_ivon.packs import Pack, is_plain
 from hf_ivon.passes import NoiseOptions, UpdateOptions
@@ -219,6 +219,14 @@ class Execution:
             columns = torch.arange(start, stop, device=theta.device)
             passes.subtract_noise_lanes(thetas, hesses, grads[0] if grads else None, columns, words, *options)
             yield stop
+
+    def adopt(self, theta: Tensor, mean: Tensor) -> None:
+        """Run `passes.adopt` on tensors of any size."""
+        run = self._fused_passes(mean, narrow=(theta,))
+        if run is not None and adopts(run, theta.device.type, theta.dtype) and run.adopt(theta, mean):
+            return
+        for t, m in cache_sized(theta, mean):
+            passes.adopt(t, m)
 
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> None:
         """Run `passes.take_product` on tensors of any size."""

@@ -120,3 +120,19 @@ def redraws(run: Native | Compiled, device_type: str) -> bool:
     if not alike:
         logger.warning(NOT_COMPILED, "that for `low_memory` gives other numbers than the eager one")
     return alike
+
+
+@functools.cache
+@torch.no_grad()
+def adopts(run: Native | Compiled, device_type: str, dtype: torch.dtype) -> bool:
+    """Tell whether a fused pass rounds means to a dtype as the eager one does; else the eager one is used."""
+    mean = torch.linspace(0.1, 1.0, 4000, dtype=torch.float32, device=device_type)
+    theta, expected = mean.to(dtype), mean.clone()
+    theta[::2] = 2.0
+    passes.adopt(theta, expected)
+    if not run.adopt(theta, mean):
+        return False
+    alike = torch.equal(mean, expected)
+    if not alike:
+        logger.warning(NOT_COMPILED, f"that for weights in {dtype} rounds in another way than the eager one")
+    return alike

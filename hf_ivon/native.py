@@ -62,6 +62,8 @@ class Native:
         number, factor, pointer, flag = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
         self._sample = library.ivon_sample
         self._sample.argtypes = [number, *[pointer] * 6, factor, factor, flag, flag, flag]
+        self._adopt = library.ivon_adopt
+        self._adopt.argtypes = [number, *[pointer] * 3, flag, flag]
         self._take_product = library.ivon_take_product
         self._take_product.argtypes = [number, *[pointer] * 4, factor, flag, flag]
         self._add_product = library.ivon_add_product
@@ -93,6 +95,13 @@ class Native:
         count, threads = len(pack.params), _threads(pack.starts[-1])
         self._sample(count, pack.sizes, *places, pack.numbers, key, ess, weight_decay, True, False, threads)
         torch.autograd.graph.increment_version(pack.weights)
+
+    def adopt(self, theta: Tensor, mean: Tensor) -> bool:
+        """Run `passes.adopt`."""
+        places = (addresses_of([t]) for t in (theta, mean))
+        self._adopt(1, _sizes(theta), *places, theta.dtype == torch.bfloat16, _threads(theta.numel()))
+        torch.autograd.graph.increment_version(mean)
+        return True
 
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> bool:
         """Run `passes.take_product`."""

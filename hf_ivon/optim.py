@@ -302,7 +302,8 @@ class IVON(torch.optim.Optimizer):
         self._capture.check(params, self.param_groups, self._mc_samples())
         self._capture.reduce([p for _, p in self._parameters() if p.requires_grad])
         self._roster.refresh(self.param_groups, self.state)
-        entries = [Entry(p, g, self._state(p, g)) for _, g, p in self._roster.singles if p.grad is not None]
+        singles = [(p, g) for _, g, p in self._roster.singles if p.grad is not None]
+        entries = [Entry(p, g, self._state(p, g, again=True)) for p, g in singles]
         apply_updates(self._roster.packs, entries, self._capture, self._sampler, self._execution)
         self._capture.finish(params)
         self._advance_window()
@@ -323,12 +324,11 @@ class IVON(torch.optim.Optimizer):
     def _mc_samples(self) -> int:
         return max(group["mc_samples"] for group in self.param_groups)
 
-    def _state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state of `p`, complete."""
-        state = self.state[p]
-        complete_state(p, group, state)
-        self._sampler.follow(p, state)
-        return state
+    def _state(self, p: Tensor, group: Mapping[str, Any], again: bool = False) -> dict[str, Any]:
+        """Return the state of `p`, complete, its mean as `WeightSampler.follow` has it."""
+        complete_state(p, group, self.state[p])
+        self._sampler.follow(p, self.state[p], again)
+        return self.state[p]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a bit-exact continuation needs, beside the parameters themselves.

@@ -91,13 +91,17 @@ Floats load(const uint16_t* from, Number number) {
     return bits<Floats>(__builtin_convertvector(halves, Words) << 16);
 }
 
-// To the nearest bf16, to the even one of two; NaN stays NaN.
+// To the nearest bf16, to the even one of two, in the lower half of each word; NaN stays NaN.
+Words rounded(Floats vector) {
+    Words word = bits<Words>(vector);
+    Words nearest = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+    Words nan = bits<Words>(vector != vector);
+    return (nearest & ~nan) | (nan & 0x7FC0);
+}
+
 template <class Number>
 void store(uint16_t* to, Floats vector, Number number) {
-    Words word = bits<Words>(vector);
-    Words rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
-    Words nan = bits<Words>(vector != vector);
-    Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), Halves);
+    Halves halves = __builtin_convertvector(rounded(vector), Halves);
     count(number * sizeof(uint16_t));
     std::memcpy(to, &halves, number * sizeof(uint16_t));
 }
@@ -352,6 +356,18 @@ void subtract_noise(int64_t count, const int64_t* sizes, float* const* thetas, f
 }
 
 template <class Weight>
+void adopt(int64_t count, const int64_t* sizes, void* const* thetas, float* const* means, int threads) {
+    share_vectors(count, threads, sizes, [=](int64_t i, int64_t at, auto number) {
+        Floats mean = load(means[i] + at, number), theta = load(static_cast<Weight*>(thetas[i]) + at, number);
+        Floats kept = sizeof(Weight) == sizeof(float) ? mean : bits<Floats>(rounded(mean) << 16);
+        Ints changed = kept != theta;
+        int32_t any = 0;
+        for (int lane = 0; lane < W; lane++) any |= changed[lane];
+        if (any) store(means[i] + at, changed ? theta : mean, number);
+    });
+}
+
+template <class Weight>
 void add_product(int64_t count, const int64_t* sizes, float* const* totals, void* const* thetas,
                  const float* const* means, void* const* grads, float factor, int threads) {
     share_vectors(count, threads, sizes, [=](int64_t i, int64_t at, auto number) {
@@ -397,6 +413,13 @@ void ivon_subtract_noise(int64_t count, const int64_t* sizes, float* const* thet
                          float weight_decay, float rate, float factor, int first, int threads) {
     const Key key(words);
     subtract_noise(count, sizes, thetas, hesses, grads, indices, key, ess, weight_decay, rate, factor, first, threads);
+}
+
+// Lets `means` follow what was written to `thetas`, which hold them otherwise, rounded.
+void ivon_adopt(int64_t count, const int64_t* sizes, void* const* thetas, float* const* means, int narrow,
+                int threads) {
+    auto run = narrow ? adopt<uint16_t> : adopt<float>;
+    run(count, sizes, thetas, means, threads);
 }
 
 // Adds gradient times noise to `totals`, where there is a gradient.

@@ -94,6 +94,19 @@ def draw_lanes(lanes: Sequence[Tensor], columns: Tensor, indices: Tensor, words:
         lane.copy_(draws)
 
 
+def adopt(theta: Tensor, mean: Tensor) -> None:
+    """Let a mean follow what others wrote to its weights in a narrower dtype, such as loaded ones.
+
+    Args:
+        theta: The weights, holding the mean but for what was written.
+        mean: The mean, shape of `theta`; elements that round to their weights stay as they are. Written to.
+    """
+    # As integers: compilers compare numbers in fp32, and leave the rounding out.
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[theta.element_size()]
+    same = theta.view(kind) == mean.to(theta.dtype).view(kind)
+    mean.copy_(torch.where(same, mean, theta.to(mean.dtype)))
+
+
 def take_product(theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> None:
     """Put the mean back and keep gradient times noise where it was: what the sample was for is then known.
 

@@ -17,7 +17,7 @@ from hf_ivon.options import ess_of
 from hf_ivon.packs import Pack
 from hf_ivon.philox import noise_words
 from hf_ivon.redraw import RedrawnSamples
-from hf_ivon.state import adopt_changes, state_dtype
+from hf_ivon.state import state_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -191,15 +191,17 @@ class WeightSampler:
         if native is None:
             pack.write("theta")
 
-    def follow(self, p: Tensor, state: Mapping[str, Any]) -> None:
+    @torch.no_grad()
+    def follow(self, p: Tensor, state: Mapping[str, Any], again: bool = False) -> None:
         """Let a mean that is kept in the state follow what others wrote to its parameter since the last write here.
 
         Args:
             p: The parameter.
             state: Its complete state; there is a mean in it if the parameter's dtype is, or was, a narrower one.
+            again: Do so already in this step: only what has changed the parameter's version or place may be new.
         """
-        if "mean" in state and p not in self.means and self.written.get(p) != _mark(p):
-            adopt_changes(p, state["mean"])
+        if "mean" in state and p not in self.means and not (again and self.written.get(p) == _mark(p)):
+            self.execution.adopt(distributed.local(p), distributed.local(state["mean"]))
             self.note(p)
 
     def note(self, p: Tensor) -> None:

@@ -47,17 +47,6 @@ def complete_state(p: Tensor, group: Mapping[str, Any], state: MutableMapping[st
 
 
 @torch.no_grad()
-def adopt_changes(p: Tensor, mean: Tensor) -> None:
-    """Let a full-precision mean follow what others wrote to its bf16 or fp16 parameter, such as loaded weights.
-
-    Args:
-        p: The parameter.
-        mean: Its mean, shape of `p`; entries that round to the parameter's value stay as they are.
-    """
-    changed = p != mean.to(p.dtype)
-    mean.copy_(torch.where(changed, p.to(mean.dtype), mean))
-
-
 def match_saved_state(params: Iterable[Tensor], state_dict: Mapping[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
     """Pair the tensors of a saved optimizer state with the parameters, after checking that they fit.
 

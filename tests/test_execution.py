@@ -267,6 +267,20 @@ def test_compiled_passes_that_are_wrong_are_not_used(monkeypatch, caplog):
     assert "give other numbers than the eager ones" in caplog.text
 
 
+@COMPILER
+def test_a_compiled_pass_that_does_not_round_means_is_not_used(monkeypatch, caplog):
+    """Compilers leave roundings out; every mean would differ from its weight then, and be lost to bf16."""
+    p = nn.Parameter(torch.ones(2 * COMPILED_SIZE, dtype=torch.bfloat16))
+    with fresh_passes():
+        monkeypatch.setattr(Native, "adopt", lambda self, theta, mean: bool(mean.copy_(theta).numel()))
+        optimizer = IVON([p], lr=0.1, ess=1e8, fused=True)
+        train([p], optimizer, steps=1)
+        kept = optimizer.posterior_mean(p)
+        assert not torch.equal(kept, kept.bfloat16().float())
+        assert torch.equal(optimizer.posterior_mean(p), kept)
+    assert "rounds in another way" in caplog.text
+
+
 def held(optimizer):
     """All tensors that the optimizer holds on to, in elements; each storage once."""
     tensors = [t for state in optimizer.state.values() for t in state.values()]
@@ -317,6 +331,21 @@ def test_gradients_clipped_inside_the_block_are_said_to_change_their_squares(cap
                 p.grad.mul_(0.1)
             optimizer.step()
     assert ["squares of the changed ones" in r.message for r in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_written_past_autograd_to_narrow_weights_is_their_mean(fused, dtype):
+    """`p.data.copy_(average)`, as libraries for averaged weights write it, changes no version."""
+    p = nn.Parameter(torch.ones(2 * COMPILED_SIZE, dtype=dtype))
+    optimizer = IVON([p], lr=0.1, ess=1e8, fused=fused)
+    train([p], optimizer, steps=1)
+    kept = optimizer.posterior_mean(p)[0]
+    p.data[1:] = 5.0
+    with optimizer.sampled_params():
+        assert (p[1:] - 5.0).abs().max() < 0.1
+    mean = optimizer.posterior_mean(p)
+    assert torch.equal(mean, torch.full_like(mean, 5.0).index_fill(0, torch.tensor([0]), kept.item()))
+    assert torch.equal(p, mean.to(dtype))
 
 
 @COMPILER

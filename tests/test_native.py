@@ -68,6 +68,20 @@ def test_weights_in_bf16_have_their_means_apart(run):
         torch.testing.assert_close(got, total)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_means_follow_what_was_written_to_their_weights(run, dtype):
+    """What an average of weights or a checkpoint puts there would be overwritten by the old mean."""
+    for size in SIZES:
+        mean, written, _ = numbers(size, 3)
+        mean[::7] = torch.nan
+        theta = mean.to(dtype)
+        theta[::3], theta[1::5] = written[::3].to(dtype), torch.nan
+        expected = mean.clone()
+        passes.adopt(theta, expected)
+        run.adopt(theta, mean)
+        torch.testing.assert_close(mean, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("squared", [False, True])
 def test_products_of_every_size(run, threads, squared, monkeypatch):
