@@ -110,6 +110,7 @@ class WeightSampler:
         self.written: dict[Tensor, tuple[int, int]] = {}
         self.execution = execution
         self.packs: list[Pack] = []
+        self._packed: set[Tensor] = set()  # their parameters
         # Packs that hold a weight sample now, to the name of the buffer with their means.
         self._sampled_packs: dict[Pack, str] = {}
         self._with_products: set[Pack] = set()
@@ -130,7 +131,9 @@ class WeightSampler:
             draws: All others, in the order of their optimizer.
             train: For training; samples for predictions are as much wider as `eval_ess_scale` says.
         """
-        self.packs = list(packs)
+        if self.packs != list(packs):
+            self.packs = list(packs)
+            self._packed = {p for pack in packs for p in pack.params}
         self.execution.plan(sum(pack.starts[-1] for pack in packs) + sum(draw.p.numel() for draw in draws))
         self._alone = [draw.p for draw in draws]
         self._sharded = any(map(distributed.is_sharded, self._alone))
@@ -310,8 +313,8 @@ class WeightSampler:
             self.means.clear()
 
     def in_pack(self, p: Tensor) -> bool:
-        """Tell whether a parameter holds a weight sample, and lies in a pack."""
-        return p in self.means and self.means[p]._is_view()
+        """Tell whether a parameter is in a pack."""
+        return p in self._packed
 
     def holds_sample(self, p: Tensor) -> bool:
         """Tell whether a parameter was given a weight sample in this context, or in this window with `low_memory`."""
