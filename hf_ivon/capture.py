@@ -7,8 +7,8 @@ each with its own draw of the weights. Two ways of writing a window are told apa
 - gradients left to add up: the losses carry the weights (gradient accumulation), and the contexts are summed.
 
 Either way `p.grad` is, between contexts, the gradient of the window so far, so that clipping, scalers and reductions
-find what they expect. ``gradient * (theta - mean)`` is taken from it at the end of a context that is alone in it, and
-else added to a buffer by hooks in each backward pass.
+find what they expect. ``gradient * (theta - mean)`` is taken from it at the end of a context that is alone in it. Else
+hooks add it to a buffer in each backward pass, or keep the gradients of small parameters for the end of the context.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class GradientCapture:
         squared: Initial value of the attribute.
 
     Attributes:
+        products: What the window has shown of the curvature.
         contexts: Training contexts of this window that ended with gradients.
         entered: Training contexts of this window that were entered; numbers the draws.
         averaged: True if contexts are averaged, False if summed, None while there is only one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,8 +16,6 @@ from hf_ivon.native import Native
 from hf_ivon.packs import Pack, is_plain
 from hf_ivon.passes import NoiseOptions, UpdateOptions
 from hf_ivon.philox import normal_range
-
-logger = logging.getLogger(__name__)
 
 # Columns of noise that are made at a time: their integers stay in a processor's cache, while calling an operation
 # costs little beside what it does, and has work for two threads. On an accelerator they are small beside a tensor.

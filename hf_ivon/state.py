@@ -46,7 +46,6 @@ def complete_state(p: Tensor, group: Mapping[str, Any], state: MutableMapping[st
         state["mean"] = p.detach().to(dtype, copy=True)
 
 
-@torch.no_grad()
 def match_saved_state(params: Iterable[Tensor], state_dict: Mapping[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
     """Pair the tensors of a saved optimizer state with the parameters, after checking that they fit.
 
