@@ -76,6 +76,7 @@ class Compiled:
 
     def draw_lanes(self, lanes: list[Tensor], columns: Tensor, indices: Tensor, words: Tensor) -> bool:
         """Run `passes.draw_lanes`."""
+        words = words.to(columns.device, non_blocking=True)
         return self._call("draw_lanes", columns.device, (lanes, columns, indices, words))
 
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> bool:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from hf_ivon import passes
-from hf_ivon.compiled import Compiled, lanes
+from hf_ivon.compiled import lanes
 from hf_ivon.functional import cache_sized, sample
-from hf_ivon.fused_passes import adopts, fused_passes, native_passes, redraws
+from hf_ivon.fused_passes import Fused, adopts, fused_passes, quick_passes, redraws
 from hf_ivon.native import Native
 from hf_ivon.packs import Pack, is_plain
 from hf_ivon.passes import NoiseOptions, UpdateOptions
 from hf_ivon.philox import normal_range
+from hf_ivon.triton_passes import TritonPasses
 
 # Columns of noise that are made at a time: their integers stay in a processor's cache, while calling an operation
 # costs little beside what it does, and has work for two threads. On an accelerator they are small beside a tensor.
@@ -43,7 +44,7 @@ class Execution:
         if self._fused is None:
             self._fused = num_weights >= _MIN_MODEL
 
-    def _fused_passes(self, *tensors: Tensor, narrow: tuple[Tensor, ...] = ()) -> Native | Compiled | None:
+    def _fused_passes(self, *tensors: Tensor, narrow: tuple[Tensor, ...] = ()) -> Fused | None:
         """Return the fused passes, if they are for such tensors: fp32, or `narrow` ones of one narrower dtype."""
         first = tensors[0]
         # By address nothing else would notice that a tensor is elsewhere, or has become smaller.
@@ -51,7 +52,7 @@ class Execution:
             t.device == first.device and t.numel() == first.numel() and is_plain(t) for t in (*tensors, *narrow)
         ):
             return None
-        run = fused_passes(first.device.type) if self._compiled else native_passes(first.device.type)
+        run = fused_passes(first.device.type) if self._compiled else quick_passes(first.device.type)
         if run is None or first.numel() < run.smallest or any(t.dtype != torch.float32 for t in tensors):
             return None
         kinds = {t.dtype for t in narrow}
@@ -114,11 +115,15 @@ class Execution:
             total: Number of elements of the whole; None is those of `theta`.
         """
         total = theta.numel() if total is None else total
-        # A fused pass counts the noise from the tensor's beginning, which a shard does not have.
-        run = self._fused_passes(mean, hess, narrow=(theta,)) if theta.numel() == total else None
-        if run is not None:
-            prepared: Any = run.prepare(theta, mean, hess)
-            if prepared is not None and run.sample(theta, prepared, words, ess, weight_decay, keep=False):
+        run = self._fused_passes(mean, hess, narrow=(theta,))
+        prepared: Any = None if run is None else run.prepare(theta, mean, hess)
+        if run is not None and prepared is not None:
+            # The others count the noise from the tensor's beginning, which a shard does not have.
+            if isinstance(run, TritonPasses):
+                done = run.sample_part(theta, prepared, words, ess, weight_decay, start, total)
+            else:
+                done = theta.numel() == total and run.sample(theta, prepared, words, ess, weight_decay, keep=False)
+            if done:
                 return
         words = words.to(theta.device, non_blocking=True)
         if theta.dtype == mean.dtype and theta.numel() == total and theta.is_contiguous() and hess.is_contiguous():
@@ -141,9 +146,10 @@ class Execution:
             weight_decay: δ, loss/param².
         """
         theta, mean, hess = (pack.flat(name) for name in ("theta", "mean", "hess"))
-        words = words.to(theta.device, non_blocking=True)
         noise, run = pack.noise, self._fused_passes(theta, mean, hess)
-        if not isinstance(run, Compiled) or not run.draw_lanes(noise.lanes, noise.columns, noise.indices, words):
+        at_once = None if isinstance(run, Native) else run
+        if at_once is None or not at_once.draw_lanes(noise.lanes, noise.columns, noise.indices, words):
+            words = words.to(theta.device, non_blocking=True)
             for columns, indices, *drawn in cache_sized(
                 noise.columns, noise.indices, *noise.lanes, max_elements=_COLUMNS
             ):

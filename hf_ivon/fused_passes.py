@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,34 +15,43 @@ from hf_ivon.compiled import NOT_COMPILED, Compiled, apart, lanes
 from hf_ivon.native import Native
 from hf_ivon.passes import NoiseOptions, UpdateOptions
 from hf_ivon.philox import noise_words
+from hf_ivon.triton_passes import TritonPasses
 
 logger = logging.getLogger(__name__)
 
 _lock = threading.RLock()
 
 
-def fused_passes(device_type: str) -> Native | Compiled | None:
-    """Return the fused passes, after a comparison with the eager ones on a few numbers; None if they differ.
+# The ways to run the passes as one loop each.
+Fused = Native | TritonPasses | Compiled
 
-    On a CPU they are those in C++, and if these cannot be built, those of `torch.compile`, as everywhere else.
+
+def fused_passes(device_type: str) -> Fused | None:
+    """Return the fused passes, after a comparison with the eager ones on a few numbers; None if there are none.
+
+    They are those of `quick_passes`, and where these cannot be had, those of `torch.compile`.
     """
-    with _lock:
-        run = _make_and_check(device_type)
-    return None if isinstance(run, Compiled) and run.failed else run
+    return quick_passes(device_type) or _working(_make_compiled, device_type)
 
 
-def native_passes(device_type: str) -> Native | None:
-    """Return the passes in C++, after such a comparison; None if there are none for these devices."""
+def quick_passes(device_type: str) -> Native | TritonPasses | None:
+    """Return the passes that a second is enough to build, in C++ or Triton, after such a comparison."""
+    made = {"cpu": _make_native, "cuda": _make_triton}.get(device_type)
+    return None if made is None else _working(made, device_type)
+
+
+def _working(make: Callable[[str], Any], device_type: str) -> Any:
     with _lock:
-        return _make_native() if device_type == "cpu" else None
+        run = make(device_type)
+    return None if run is None or run.failed else run
 
 
 @functools.cache
 @torch.no_grad()
-def _make_native() -> Native | None:
+def _make_native(device_type: str) -> Native | None:
     try:
         run = Native()
-        check(run, "cpu")
+        check(run, device_type)
     except (OSError, AttributeError, ArithmeticError) as error:
         logger.info("The passes in C++ cannot be used (%s).", error)
         return None
@@ -50,9 +60,19 @@ def _make_native() -> Native | None:
 
 @functools.cache
 @torch.no_grad()
-def _make_and_check(device_type: str) -> Native | Compiled | None:
-    if (native := native_passes(device_type)) is not None:
-        return native
+def _make_triton(device_type: str) -> TritonPasses | None:
+    try:
+        run = TritonPasses()
+        check(run, device_type)
+    except (ImportError, ArithmeticError) as error:
+        logger.info("The passes in Triton cannot be used (%s).", error)
+        return None
+    return run
+
+
+@functools.cache
+@torch.no_grad()
+def _make_compiled(device_type: str) -> Compiled | None:
     run = Compiled()
     try:
         check(run, device_type)
@@ -62,7 +82,7 @@ def _make_and_check(device_type: str) -> Native | Compiled | None:
     return run
 
 
-def check(run: Native | Compiled, device_type: str) -> None:
+def check(run: Fused, device_type: str) -> None:
     """Compare the passes with the eager ones on a few numbers.
 
     Raises:
@@ -92,9 +112,9 @@ def check(run: Native | Compiled, device_type: str) -> None:
             run.take_product(theta, mean, grad, 1.0, False),
             run.update((theta, grad, mean, momentum, hess, None), options),
         ]
-        if isinstance(run, Compiled):
+        if not isinstance(run, Native):  # which has packs where they are
             drawn = torch.empty_like(start)
-            ran.append(run.draw_lanes(apart(drawn), columns, columns // 8, words.to(device_type)))
+            ran.append(run.draw_lanes(apart(drawn), columns, columns // 8, words))
             passes.draw_lanes(lanes(start), columns, columns // 8, words.to(device_type))
             tensors.append(drawn)
             expected.append(start)
@@ -106,7 +126,7 @@ def check(run: Native | Compiled, device_type: str) -> None:
 
 @functools.cache
 @torch.no_grad()
-def redraws(run: Native | Compiled, device_type: str) -> bool:
+def redraws(run: Fused, device_type: str) -> bool:
     """Tell whether a fused pass takes noise off as the eager one does; else the eager one is used."""
     words, options = noise_words((0,), 1), NoiseOptions(100.0, 1e-3, 0.9, 2.0, True)
     start = torch.linspace(0.1, 1.0, 4000, dtype=torch.float32, device=device_type)
@@ -124,7 +144,7 @@ def redraws(run: Native | Compiled, device_type: str) -> bool:
 
 @functools.cache
 @torch.no_grad()
-def adopts(run: Native | Compiled, device_type: str, dtype: torch.dtype) -> bool:
+def adopts(run: Fused, device_type: str, dtype: torch.dtype) -> bool:
     """Tell whether a fused pass rounds means to a dtype as the eager one does; else the eager one is used."""
     mean = torch.linspace(0.1, 1.0, 4000, dtype=torch.float32, device=device_type)
     theta, expected = mean.to(dtype), mean.clone()

@@ -49,6 +49,7 @@ class Native:
     Attributes:
         smallest: Number of elements below which a pass costs more to call than it saves.
         narrow: Dtypes of weights, and of their gradients, whose means are kept apart in fp32.
+        failed: Whether something went wrong; nothing does once it is loaded.
 
     Raises:
         OSError: If the library cannot be built or loaded.
@@ -56,6 +57,7 @@ class Native:
 
     smallest = 1
     narrow = (torch.float32, torch.bfloat16)
+    failed = False
 
     def __init__(self) -> None:
         library = build()

@@ -1,4 +1,4 @@
-"""Plain, packed, native and compiled passes do the same; how much memory they hold; and training without compilers."""
+"""Plain, packed and fused passes do the same; how much memory they hold; and training without compilers."""
 
 import logging
 import re
@@ -12,6 +12,7 @@ from hf_ivon import compiled, execution, fused_passes, native, passes, philox, s
 from hf_ivon.native import Native
 from hf_ivon.optim import IVON
 from hf_ivon.packs import MAX_ELEMENTS
+from hf_ivon.triton_passes import TritonPasses
 
 COMPILED_SIZE = MAX_ELEMENTS
 
@@ -19,7 +20,7 @@ COMPILED_SIZE = MAX_ELEMENTS
 @contextmanager
 def fresh_passes():
     """Have the fused passes made anew, here and afterwards."""
-    made = fused_passes._make_native, fused_passes._make_and_check
+    made = fused_passes._make_native, fused_passes._make_triton, fused_passes._make_compiled
     for function in made:
         function.cache_clear()
     try:
@@ -41,14 +42,27 @@ def compiled_passes():
         return execution.fused_passes("cpu")
 
 
+@pytest.fixture(scope="module")
+def triton_passes():
+    """The passes as GPUs have them, here run by Triton's interpreter."""
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("Triton's kernels run on the GPU here, see test_triton_passes.py")
+    run = TritonPasses()
+    fused_passes.check(run, "cpu")
+    return run
+
+
 COMPILER = pytest.mark.compiler
 
 
-@pytest.fixture(params=["eager", pytest.param("native", marks=COMPILER), pytest.param("compiled", marks=COMPILER)])
+@pytest.fixture(
+    params=["eager", pytest.param("native", marks=COMPILER), "triton", pytest.param("compiled", marks=COMPILER)]
+)
 def fused(request, monkeypatch):
     """Option `fused` of an optimizer that takes its passes in each of the ways."""
-    if request.param == "compiled":
-        kept = request.getfixturevalue("compiled_passes")
+    if request.param in ("compiled", "triton"):
+        kept = request.getfixturevalue(f"{request.param}_passes")
         monkeypatch.setattr(execution, "fused_passes", lambda device_type: kept)
     return request.param != "eager"
 
@@ -97,7 +111,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     ("fused", "name"),
-    [("eager", name) for name in OPTIONS]
+    [(way, name) for way in ("eager", "triton") for name in OPTIONS]
     + [pytest.param("native", name, marks=COMPILER) for name in OPTIONS]
     # Each of the others compiles the passes once more.
     + [pytest.param("compiled", n, marks=[COMPILER, *[pytest.mark.slow] * (n != "default")]) for n in OPTIONS],

@@ -92,3 +92,9 @@ def test_cache_sized_pieces_cover_everything_once():
     assert (t == 1).all()
     transposed = torch.zeros(11, 7).T
     assert [piece.shape for (piece,) in functional.cache_sized(transposed, max_elements=10)] == [transposed.shape]
+
+
+def test_pieces_are_small_beside_a_model_on_accelerators_too():
+    """The integers of a large embedding's noise would take many times its own memory, and the last of a GPU's."""
+    t = torch.empty(2**23 + 1, device="meta")
+    assert [piece.numel() for (piece,) in functional.cache_sized(t)] == [2**22, 2**22, 1]
