@@ -21,9 +21,6 @@ NOT_COMPILED = (
     "slowly. Install a C++ compiler such as g++, or pass `fused=False` to be silent."
 )
 
-# The four lanes of a parameter, of its mean and of its Hessian.
-Lanes = tuple[list[Tensor], ...]
-
 
 class Compiled:
     """The passes, compiled for one kind of device when they are first called, and for tensors of any size.
@@ -53,16 +50,22 @@ class Compiled:
         self._functions = {name: compile_pass(with_options(f)) for name, f in functions.items()}
         self.failed = False
 
-    def prepare(self, theta: Tensor, mean: Tensor, hess: Tensor) -> Lanes | None:
-        """Return what `sample` works on; None if it cannot, as it has a loop for all four lanes."""
-        return None if theta.numel() % 4 else tuple(apart(t) for t in (theta, mean, hess))
-
     def sample(
-        self, theta: Tensor, prepared: Lanes, words: Tensor, ess: float, weight_decay: float, keep: bool = True
+        self,
+        theta: Tensor,
+        mean: Tensor,
+        hess: Tensor,
+        words: Tensor,
+        ess: float,
+        weight_decay: float,
+        keep: bool = True,
     ) -> bool:
-        """Run the first pass on a whole tensor; see `Execution.sample_whole`."""
+        """Run `passes.sample_lanes` on a whole tensor; not if its four lanes, which have one loop, differ in size."""
+        if theta.numel() % 4:
+            return False
         words = words.to(theta.device, non_blocking=True)
-        done = self._call("sample", theta.device, (*prepared, words), (ess, weight_decay), keep)
+        lanes_of_each = tuple(apart(t) for t in (theta, mean, hess))
+        done = self._call("sample", theta.device, (*lanes_of_each, words), (ess, weight_decay), keep)
         if done:
             torch.autograd.graph.increment_version(theta)
         return done

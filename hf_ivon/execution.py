@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hf_ivon import passes
-from hf_ivon.compiled import lanes
+from hf_ivon.by_address import ByAddress
+from hf_ivon.compiled import Compiled, lanes
 from hf_ivon.functional import cache_sized, sample
 from hf_ivon.fused_passes import Fused, adopts, fused_passes, quick_passes, redraws
-from hf_ivon.native import Native
 from hf_ivon.packs import Pack, is_plain
 from hf_ivon.passes import NoiseOptions, UpdateOptions
 from hf_ivon.philox import normal_range
@@ -58,28 +58,20 @@ class Execution:
         kinds = {t.dtype for t in narrow}
         return run if len(kinds) < 2 and kinds.issubset(run.narrow) else None
 
-    def native(self, pack: Pack) -> Native | None:
+    def by_address(self, pack: Pack) -> ByAddress | None:
         """Return what works on the parameters of a pack where they are; None if they are to be copied together."""
         run = self._fused_passes(pack.flat("hess"))
-        return run if isinstance(run, Native) else None
+        return run if isinstance(run, ByAddress) else None
 
-    def prepare(self, theta: Tensor, mean: Tensor, hess: Tensor) -> Any:
-        """Return what `sample_whole` works on; None if the tensors are not for a fused pass.
-
-        Args:
-            theta: A whole parameter.
-            mean: A buffer, shape of `theta`.
-            hess: Hessian estimate, shape of `theta`.
-        """
-        run = self._fused_passes(theta, mean, hess)
-        return None if run is None else run.prepare(theta, mean, hess)
-
-    def sample_whole(self, theta: Tensor, prepared: Any, words: Tensor, *, ess: float, weight_decay: float) -> bool:
+    def sample_whole(
+        self, theta: Tensor, mean: Tensor, hess: Tensor, words: Tensor, *, ess: float, weight_decay: float
+    ) -> bool:
         """Copy a whole tensor into its buffer and put a weight sample into it, by a fused pass.
 
         Args:
             theta: Holds the mean. Written to.
-            prepared: Output of `prepare`.
+            mean: A buffer, shape of `theta`. Written to.
+            hess: Hessian estimate, shape of `theta`.
             words: Output of `noise_words`.
             ess: λ, number of examples.
             weight_decay: δ, loss/param².
@@ -87,8 +79,8 @@ class Execution:
         Returns:
             Whether it was done; if not, nothing is changed.
         """
-        run = fused_passes(theta.device.type)
-        return run is not None and run.sample(theta, prepared, words, ess, weight_decay)
+        run = self._fused_passes(theta, mean, hess)
+        return run is not None and run.sample(theta, mean, hess, words, ess, weight_decay)
 
     def sample(
         self,
@@ -116,14 +108,12 @@ class Execution:
         """
         total = theta.numel() if total is None else total
         run = self._fused_passes(mean, hess, narrow=(theta,))
-        prepared: Any = None if run is None else run.prepare(theta, mean, hess)
-        if run is not None and prepared is not None:
-            # The others count the noise from the tensor's beginning, which a shard does not have.
-            if isinstance(run, TritonPasses):
-                done = run.sample_part(theta, prepared, words, ess, weight_decay, start, total)
-            else:
-                done = theta.numel() == total and run.sample(theta, prepared, words, ess, weight_decay, keep=False)
-            if done:
+        # The others count the noise from the tensor's beginning, which a shard does not have.
+        if isinstance(run, TritonPasses):
+            if run.sample_part(theta, mean, hess, words, ess, weight_decay, start, total):
+                return
+        elif run is not None and theta.numel() == total:
+            if run.sample(theta, mean, hess, words, ess, weight_decay, keep=False):
                 return
         words = words.to(theta.device, non_blocking=True)
         if theta.dtype == mean.dtype and theta.numel() == total and theta.is_contiguous() and hess.is_contiguous():
@@ -147,8 +137,7 @@ class Execution:
         """
         theta, mean, hess = (pack.flat(name) for name in ("theta", "mean", "hess"))
         noise, run = pack.noise, self._fused_passes(theta, mean, hess)
-        at_once = None if isinstance(run, Native) else run
-        if at_once is None or not at_once.draw_lanes(noise.lanes, noise.columns, noise.indices, words):
+        if not isinstance(run, Compiled) or not run.draw_lanes(noise.lanes, noise.columns, noise.indices, words):
             words = words.to(theta.device, non_blocking=True)
             for columns, indices, *drawn in cache_sized(
                 noise.columns, noise.indices, *noise.lanes, max_elements=_COLUMNS
@@ -175,8 +164,7 @@ class Execution:
         """
         run = self._fused_passes(theta, hess)
         if run is not None and redraws(run, theta.device.type):
-            prepared: Any = run.prepare(theta, theta, hess)
-            if prepared is not None and run.sample(theta, prepared, words, ess, weight_decay, keep=False):
+            if run.sample(theta, theta, hess, words, ess, weight_decay, keep=False):
                 yield -(-theta.numel() // 4)
                 return
         words = words.to(theta.device, non_blocking=True)
@@ -256,12 +244,10 @@ class Execution:
             grads: Gradient of each parameter, in its shape, or None.
             factor: Multiplies them; may be a 0-dim tensor.
         """
-        native = self.native(pack)
-        if native is None:
+        run = self.by_address(pack)
+        if run is None or not run.add_pack_product(pack, *_scaled(pack.plain(grads), factor)):
             grad = pack.gather("grad", grads)
-            self.add_product(pack.flat("product"), pack.flat("theta"), pack.flat("mean"), grad, factor)
-        else:
-            native.add_pack_product(pack, *_scaled(pack.plain(grads), factor))
+            self.add_product(pack.flat("product"), pack.read("theta"), pack.flat("mean"), grad, factor)
 
     def square(self, total: Tensor, grad: Tensor, factor: float | Tensor, keep: bool) -> None:
         """Run `passes.square` on tensors of any size; the factor may be a 0-dim tensor."""
@@ -281,9 +267,8 @@ class Execution:
             factor: Multiplies them; may be a 0-dim tensor.
             keep: See `passes.square`.
         """
-        native = self.native(pack)
-        if native is not None:
-            native.square_pack(pack, *_scaled(pack.plain(grads), factor), keep)
+        run = self.by_address(pack)
+        if run is not None and run.square_pack(pack, *_scaled(pack.plain(grads), factor), keep):
             return
         grad = pack.gather("grad", grads)
         for missing, _, elements in pack.runs([grad is None for grad in grads]):

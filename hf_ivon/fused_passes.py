@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hf_ivon import passes
+from hf_ivon.by_address import ByAddress
 from hf_ivon.compiled import NOT_COMPILED, Compiled, apart, lanes
 from hf_ivon.native import Native
 from hf_ivon.passes import NoiseOptions, UpdateOptions
@@ -23,7 +24,7 @@ _lock = threading.RLock()
 
 
 # The ways to run the passes as one loop each.
-Fused = Native | TritonPasses | Compiled
+Fused = ByAddress | Compiled
 
 
 def fused_passes(device_type: str) -> Fused | None:
@@ -34,7 +35,7 @@ def fused_passes(device_type: str) -> Fused | None:
     return quick_passes(device_type) or _working(_make_compiled, device_type)
 
 
-def quick_passes(device_type: str) -> Native | TritonPasses | None:
+def quick_passes(device_type: str) -> ByAddress | None:
     """Return the passes that a second is enough to build, in C++ or Triton, after such a comparison."""
     made = {"cpu": _make_native, "cuda": _make_triton}.get(device_type)
     return None if made is None else _working(made, device_type)
@@ -88,7 +89,7 @@ def check(run: Fused, device_type: str) -> None:
     Raises:
         ArithmeticError: If they differ.
     """
-    for size in (4 * 24, 4 * 1000):
+    for size in (4 * 24, 4 * 1024):  # aligned, and not
         words = noise_words((size,), 1)
         start = torch.linspace(0.1, 1.0, size, dtype=torch.float32, device=device_type)
         expected = [start * (i + 1) for i in range(6)]
@@ -104,15 +105,14 @@ def check(run: Fused, device_type: str) -> None:
         passes.take_product(theta, mean, grad, 1.0, False)
         passes.update(theta, grad, mean, momentum, hess, None, *options)
         theta, mean, hess, momentum, grad, total = tensors
-        prepared: Any = run.prepare(theta, mean, hess)
         ran = [
-            run.sample(theta, prepared, words, 100.0, 1e-3),
+            run.sample(theta, mean, hess, words, 100.0, 1e-3),
             run.add_product(total, theta, mean, grad, 2.0),
             run.square(total, grad, 2.0, True),
             run.take_product(theta, mean, grad, 1.0, False),
             run.update((theta, grad, mean, momentum, hess, None), options),
         ]
-        if not isinstance(run, Native):  # which has packs where they are
+        if isinstance(run, Compiled):
             drawn = torch.empty_like(start)
             ran.append(run.draw_lanes(apart(drawn), columns, columns // 8, words))
             passes.draw_lanes(lanes(start), columns, columns // 8, words.to(device_type))

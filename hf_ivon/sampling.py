@@ -118,7 +118,6 @@ class WeightSampler:
         self._sharded = False
         self._spare: dict[Tensor, list[Tensor]] = {}
         self._borrowed: set[Tensor] = set()
-        self._prepared: dict[Tensor, tuple[tuple[Any, ...], Any]] = {}
 
     @torch.no_grad()
     def perturb(self, packs: Mapping[Pack, tuple[int, ...]], draws: Sequence[Draw], train: bool) -> None:
@@ -157,8 +156,8 @@ class WeightSampler:
         else:
             mean = self.borrow(p)
             # A fused pass counts the noise from the tensor's beginning, which a shard does not have.
-            prepared = self._prepare(p, weights, mean, hess) if weights.numel() == p.numel() else None
-            done = prepared is not None and self.execution.sample_whole(weights, prepared, words, **options)
+            whole = weights.numel() == p.numel()
+            done = whole and self.execution.sample_whole(weights, mean, hess, words, **options)
             if not done:
                 mean.copy_(weights)
             self.means[p] = mean  # only now, when it holds the mean: an error before leaves nothing to restore
@@ -168,30 +167,16 @@ class WeightSampler:
         start = distributed.shard_start(p)
         self.execution.sample(weights, mean, hess, words, start=start, total=p.numel(), **options)
 
-    def _prepare(self, p: Tensor, *tensors: Tensor) -> Any:
-        """Return what a fused pass works on, kept from call to call while the tensors stay where they are."""
-        if self._low_memory:  # what is kept would hold on to the buffer
-            return self.execution.prepare(*tensors)
-        places = tuple((t.data_ptr(), t.shape, t.stride()) for t in tensors)
-        kept = self._prepared.get(p)
-        if kept is None or kept[0] != places:
-            prepared = self.execution.prepare(*tensors)
-            if prepared is None:
-                return None
-            kept = self._prepared[p] = (places, prepared)
-        return kept[1]
-
     def _perturb_pack(self, pack: Pack, words: Tensor, train: bool) -> None:
         options = {"ess": ess_of(pack.group, train), "weight_decay": pack.group["weight_decay"]}
-        native = self.execution.native(pack)
-        if native is not None:
-            native.sample_pack(pack, words, **options)
-        else:
+        run = self.execution.by_address(pack)
+        in_place = run is not None and run.sample_pack(pack, words, **options)
+        if not in_place:
             pack.read("mean")
             self.execution.sample_pack(pack, words, **options)
         self._sampled_packs[pack] = "mean"
         self.means.update(pack.by_parameter("mean"))
-        if native is None:
+        if not in_place:
             pack.write("theta")
 
     @torch.no_grad()
@@ -276,19 +261,18 @@ class WeightSampler:
     ) -> None:
         """Take the products of a pack, and put all of its means back; of those without gradient there is none."""
         scale = factor if isinstance(factor, float) else 1.0
-        native = self.execution.native(pack)
-        if native is not None:
-            native.take_pack_product(pack, pack.plain(grads), scale, squared)
-        else:
+        run = self.execution.by_address(pack)
+        in_place = run is not None and run.take_pack_product(pack, pack.plain(grads), scale, squared)
+        if not in_place:
             grad = pack.gather("grad", grads)
-            self.execution.take_product(pack.flat("theta"), pack.flat("mean"), grad, scale, squared)
+            self.execution.take_product(pack.read("theta"), pack.flat("mean"), grad, scale, squared)
             self._sampled_packs[pack] = "theta"
         pack.rename("mean", "product")
         self._with_products.add(pack)
-        if native is None:
+        if not in_place:
             pack.write_back("theta")
         del self._sampled_packs[pack]
-        if native is not None:  # the means are where the pack has the parameters
+        if in_place:  # the means are where the pack has the parameters
             pack.follow()
         if isinstance(factor, Tensor):
             _scale(pack.flat("product"), factor, squared)

@@ -1,9 +1,11 @@
-"""The passes of `hf_ivon.passes` as kernels in Triton, one launch for a tensor.
+"""The passes of `hf_ivon.passes` as kernels in Triton: one launch for any number of tensors.
 
-Pointers are to the first number of contiguous tensors of `size` elements. A program of a pass without noise works on
-`BLOCK` elements. One of a pass with noise works on `BLOCK` columns, that is on as many elements of each of the four
-lanes, which are `width` elements long, the last ones shorter or missing; see `hf_ivon.philox.normal_lanes`. What such
-noise is a function of (`k0` to `c3`) comes as signed integers of 32 bits.
+A kernel's `table` has a row for each of its kinds of tensors, with a column of 64 bits for each of `count` tensors:
+first how many elements they have; then where they begin, 0 where there is none; and in passes with noise the number
+that it is a function of. A program works on `BLOCK` elements of the tensor that `owners` says, on the block of it that
+`blocks` says. In passes with noise it works on `BLOCK` columns, that is on as many elements of each of the four lanes,
+the last ones shorter or missing; see `hf_ivon.philox.normal_lanes`. What noise is a function of (`k0` to `c3`) comes
+as signed integers of 32 bits. `ALIGNED` tensors begin at multiples of 16 bytes, and have multiples of 64 elements.
 """
 
 import triton
@@ -52,7 +54,6 @@ def normals(columns, k0, k1, c1, c2, c3):
     """See `hf_ivon.philox.normal_lanes`."""
     k0 = k0.to(tl.uint32, bitcast=True)
     k1 = k1.to(tl.uint32, bitcast=True)
-    c1 = c1.to(tl.uint32, bitcast=True)
     c2 = c2.to(tl.uint32, bitcast=True)
     c3 = c3.to(tl.uint32, bitcast=True)
     w0, w1, w2, w3 = tl.philox_impl(columns.to(tl.uint32), c1, c2, c3, k0, k1, 7)
@@ -62,18 +63,55 @@ def normals(columns, k0, k1, c1, c2, c3):
 
 
 @triton.jit
-def elements(size, BLOCK: tl.constexpr):
-    """Return this program's places in tensors, and which of them are inside."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return at, at < size
-
-
-@triton.jit
 def changed_hess(hess, change, weight_decay):
     """See `hf_ivon.functional.update_hess`; `change` is its (1 - beta2) (hess_hat - hess)."""
     floor = tl.maximum(weight_decay * 9.5367431640625e-07, 1e-30) - weight_decay  # 2**-20
     new = hess + (change / (hess + weight_decay) * 0.5 + 1.0) * change
     return tl.where(new < floor, floor, new)  # not of NaN, which stays
+
+
+@triton.jit
+def size_of(table, i, ALIGNED: tl.constexpr):
+    """Return how many elements a tensor has."""
+    size = tl.load(table + i)
+    if ALIGNED:
+        size = tl.multiple_of(size, 64)
+    return size
+
+
+@triton.jit
+def elements(owners, blocks, table, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return this program's tensor, its places there, and which of them are inside."""
+    i = tl.load(owners + tl.program_id(0))
+    at = tl.load(blocks + tl.program_id(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return i, at, at < size_of(table, i, ALIGNED)
+
+
+@triton.jit
+def columns_of(owners, blocks, table, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return this program's tensor, its columns there, and how many elements the tensor has."""
+    i = tl.load(owners + tl.program_id(0))
+    columns = tl.load(blocks + tl.program_id(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return i, columns, size_of(table, i, ALIGNED)
+
+
+@triton.jit
+def width_of(size, ALIGNED: tl.constexpr):
+    """Return how many columns a tensor's noise has."""
+    width = (size + 3) // 4
+    if ALIGNED:
+        width = tl.multiple_of(width, 16)
+    return width
+
+
+@triton.jit
+def pointer(table, row, i, count, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return where a tensor begins, and whether there is one."""
+    address = tl.load(table + row * count + i)
+    begin = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        begin = tl.multiple_of(begin, 16)
+    return begin, address != 0
 
 
 @triton.jit
@@ -88,31 +126,45 @@ def sample_lane(theta, mean, hess, at, inside, draw, ess, weight_decay, KEEP: tl
     tl.store(theta + at, center + std * draw, mask=inside)
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "c1", "c2", "c3"])
+@triton.jit(do_not_specialize=["count", "k0", "k1", "c2", "c3"])
 def sample(
-    theta,
-    mean,
-    hess,
-    size,
-    start,
-    width,
-    begin,
-    end,
+    owners,
+    blocks,
+    table,
+    count,
     k0,
     k1,
-    c1,
     c2,
     c3,
     ess,
     weight_decay,
     KEEP: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    start,
+    width,
+    begin,
+    end,
+    PART: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """See `hf_ivon.passes.sample_lanes`; for columns `begin` to `end` of a tensor's part that begins at `start`."""
-    columns, inside = elements(end - begin, BLOCK)
-    columns += begin
-    d0, d1, d2, d3 = normals(columns, k0, k1, c1, c2, c3)
-    at = columns - start
+    """See `hf_ivon.passes.sample_lanes`. Rows: sizes, weights, means, Hessians, numbers.
+
+    Of a `PART` that begins at `start` of a tensor with lanes of `width`, columns `begin` to `end` are sampled.
+    """
+    i, columns, size = columns_of(owners, blocks, table, ALIGNED, BLOCK)
+    if PART:
+        columns += begin
+        inside = columns < end
+        at = columns - start
+    else:
+        width = width_of(size, ALIGNED)
+        inside = columns < width
+        at = columns
+    theta, _ = pointer(table, 1, i, count, WEIGHT, ALIGNED)
+    mean, _ = pointer(table, 2, i, count, tl.float32, ALIGNED)
+    hess, _ = pointer(table, 3, i, count, tl.float32, ALIGNED)
+    d0, d1, d2, d3 = normals(columns, k0, k1, tl.load(table + 4 * count + i).to(tl.uint32), c2, c3)
     sample_lane(theta, mean, hess, at, inside & (at >= 0) & (at < size), d0, ess, weight_decay, KEEP)
     at += width
     sample_lane(theta, mean, hess, at, inside & (at >= 0) & (at < size), d1, ess, weight_decay, KEEP)
@@ -124,31 +176,28 @@ def sample(
 
 @triton.jit
 def subtract_noise_lane(
-    theta, hess, grad, at, inside, draw, ess, weight_decay, rate, factor, FIRST: tl.constexpr, HAS_GRAD: tl.constexpr
+    theta, hess, grad, at, inside, given, draw, ess, weight_decay, rate, factor, FIRST: tl.constexpr
 ):
     """Run `subtract_noise` on a range of one lane."""
     old = tl.load(hess + at, mask=inside, other=1.0)
     precision = (old + weight_decay) * ess
     noise = tl.rsqrt(precision) * draw
-    if HAS_GRAD:
-        hess_hat = noise * tl.load(grad + at, mask=inside, other=0.0) * factor * precision
-        if FIRST:
-            hess_hat -= old
-        new = changed_hess(old, hess_hat * rate, weight_decay)
-        tl.store(hess + at, tl.where(tl.abs(new) <= _LARGEST, new, old), mask=inside)
+    hess_hat = noise * tl.load(grad + at, mask=inside & given, other=0.0) * factor * precision
+    if FIRST:
+        hess_hat -= old
+    new = changed_hess(old, hess_hat * rate, weight_decay)
+    tl.store(hess + at, tl.where(tl.abs(new) <= _LARGEST, new, old), mask=inside & given)
     tl.store(theta + at, tl.load(theta + at, mask=inside) - noise, mask=inside)
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "c1", "c2", "c3"])
+@triton.jit(do_not_specialize=["count", "k0", "k1", "c2", "c3"])
 def subtract_noise(
-    theta,
-    hess,
-    grad,
-    size,
-    width,
+    owners,
+    blocks,
+    table,
+    count,
     k0,
     k1,
-    c1,
     c2,
     c3,
     ess,
@@ -156,76 +205,91 @@ def subtract_noise(
     rate,
     factor,
     FIRST: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """See `hf_ivon.passes.subtract_noise_lanes`; `rate` is its 1 - beta2."""
-    columns, inside = elements(width, BLOCK)
-    d0, d1, d2, d3 = normals(columns, k0, k1, c1, c2, c3)
-    i = inside & (columns < size)
-    subtract_noise_lane(theta, hess, grad, columns, i, d0, ess, weight_decay, rate, factor, FIRST, HAS_GRAD)
-    columns += width
-    i = inside & (columns < size)
-    subtract_noise_lane(theta, hess, grad, columns, i, d1, ess, weight_decay, rate, factor, FIRST, HAS_GRAD)
-    columns += width
-    i = inside & (columns < size)
-    subtract_noise_lane(theta, hess, grad, columns, i, d2, ess, weight_decay, rate, factor, FIRST, HAS_GRAD)
-    columns += width
-    i = inside & (columns < size)
-    subtract_noise_lane(theta, hess, grad, columns, i, d3, ess, weight_decay, rate, factor, FIRST, HAS_GRAD)
+    """See `hf_ivon.passes.subtract_noise_lanes`; without a gradient the Hessian stays as it is.
+
+    `rate` is its 1 - beta2. Rows: sizes, weights, Hessians, gradients, numbers.
+    """
+    i, at, size = columns_of(owners, blocks, table, ALIGNED, BLOCK)
+    width = width_of(size, ALIGNED)
+    inside = at < width
+    theta, _ = pointer(table, 1, i, count, tl.float32, ALIGNED)
+    hess, _ = pointer(table, 2, i, count, tl.float32, ALIGNED)
+    grad, given = pointer(table, 3, i, count, tl.float32, ALIGNED)
+    d0, d1, d2, d3 = normals(at, k0, k1, tl.load(table + 4 * count + i).to(tl.uint32), c2, c3)
+    here = inside & (at < size)
+    subtract_noise_lane(theta, hess, grad, at, here, given, d0, ess, weight_decay, rate, factor, FIRST)
+    at += width
+    here = inside & (at < size)
+    subtract_noise_lane(theta, hess, grad, at, here, given, d1, ess, weight_decay, rate, factor, FIRST)
+    at += width
+    here = inside & (at < size)
+    subtract_noise_lane(theta, hess, grad, at, here, given, d2, ess, weight_decay, rate, factor, FIRST)
+    at += width
+    here = inside & (at < size)
+    subtract_noise_lane(theta, hess, grad, at, here, given, d3, ess, weight_decay, rate, factor, FIRST)
 
 
-@triton.jit(do_not_specialize=["k0", "k1", "c2", "c3"])
-def draw_lanes(lane0, lane1, lane2, lane3, columns, indices, size, k0, k1, c2, c3, BLOCK: tl.constexpr):
-    """See `hf_ivon.passes.draw_lanes`."""
-    at, inside = elements(size, BLOCK)
-    numbers = tl.load(columns + at, mask=inside, other=0)
-    tensors = tl.load(indices + at, mask=inside, other=0).to(tl.int32)
-    d0, d1, d2, d3 = normals(numbers, k0, k1, tensors, c2, c3)
-    tl.store(lane0 + at, d0, mask=inside)
-    tl.store(lane1 + at, d1, mask=inside)
-    tl.store(lane2 + at, d2, mask=inside)
-    tl.store(lane3 + at, d3, mask=inside)
-
-
-@triton.jit
-def adopt(theta, mean, size, INTEGER: tl.constexpr, BLOCK: tl.constexpr):
-    """See `hf_ivon.passes.adopt`; `INTEGER` has as many bits as a weight."""
-    at, inside = elements(size, BLOCK)
+@triton.jit(do_not_specialize=["count"])
+def adopt(owners, blocks, table, count, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """See `hf_ivon.passes.adopt`. Rows: sizes, weights, means."""
+    i, at, inside = elements(owners, blocks, table, ALIGNED, BLOCK)
+    theta, _ = pointer(table, 1, i, count, WEIGHT, ALIGNED)
+    mean, _ = pointer(table, 2, i, count, tl.float32, ALIGNED)
     weights = tl.load(theta + at, mask=inside)
     old = tl.load(mean + at, mask=inside)
-    same = weights.to(INTEGER, bitcast=True) == old.to(weights.dtype).to(INTEGER, bitcast=True)
+    if WEIGHT == tl.float32:
+        same = weights.to(tl.int32, bitcast=True) == old.to(tl.int32, bitcast=True)
+    else:
+        same = weights.to(tl.int16, bitcast=True) == old.to(WEIGHT).to(tl.int16, bitcast=True)
     tl.store(mean + at, tl.where(same, old, weights.to(tl.float32)), mask=inside)
 
 
-@triton.jit
-def take_product(theta, mean, grad, size, factor, SQUARED: tl.constexpr, BLOCK: tl.constexpr):
-    """See `hf_ivon.passes.take_product`."""
-    at, inside = elements(size, BLOCK)
+@triton.jit(do_not_specialize=["count"])
+def take_product(
+    owners, blocks, table, count, factor, SQUARED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """See `hf_ivon.passes.take_product`; zeros without a gradient. Rows: sizes, weights, means, gradients."""
+    i, at, inside = elements(owners, blocks, table, ALIGNED, BLOCK)
+    theta, _ = pointer(table, 1, i, count, tl.float32, ALIGNED)
+    mean, _ = pointer(table, 2, i, count, tl.float32, ALIGNED)
+    grad, given = pointer(table, 3, i, count, tl.float32, ALIGNED)
     center = tl.load(mean + at, mask=inside)
-    product = tl.load(grad + at, mask=inside)
+    product = tl.load(grad + at, mask=inside & given, other=0.0)
     if SQUARED:
         product *= factor
         product *= product
     else:
         product = (tl.load(theta + at, mask=inside) - center) * product * factor
     tl.store(theta + at, center, mask=inside)
-    tl.store(mean + at, product, mask=inside)
+    tl.store(mean + at, tl.where(given, product, 0.0), mask=inside)
 
 
-@triton.jit
-def add_product(total, theta, mean, grad, size, factor, BLOCK: tl.constexpr):
-    """See `hf_ivon.passes.add_product`."""
-    at, inside = elements(size, BLOCK)
+@triton.jit(do_not_specialize=["count"])
+def add_product(
+    owners, blocks, table, count, factor, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """See `hf_ivon.passes.add_product`; nothing without a gradient. Rows: sizes, totals, weights, means, gradients."""
+    i, at, inside = elements(owners, blocks, table, ALIGNED, BLOCK)
+    total, _ = pointer(table, 1, i, count, tl.float32, ALIGNED)
+    theta, _ = pointer(table, 2, i, count, WEIGHT, ALIGNED)
+    mean, _ = pointer(table, 3, i, count, tl.float32, ALIGNED)
+    grad, given = pointer(table, 4, i, count, WEIGHT, ALIGNED)
+    inside &= given
     noise = tl.load(theta + at, mask=inside).to(tl.float32) - tl.load(mean + at, mask=inside)
     product = noise * tl.load(grad + at, mask=inside).to(tl.float32) * factor
     tl.store(total + at, tl.load(total + at, mask=inside) + product, mask=inside)
 
 
-@triton.jit
-def square(total, grad, size, factor, KEEP: tl.constexpr, BLOCK: tl.constexpr):
-    """See `hf_ivon.passes.square`."""
-    at, inside = elements(size, BLOCK)
+@triton.jit(do_not_specialize=["count"])
+def square(owners, blocks, table, count, factor, KEEP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """See `hf_ivon.passes.square`; nothing without a gradient. Rows: sizes, totals, gradients."""
+    i, at, inside = elements(owners, blocks, table, ALIGNED, BLOCK)
+    total, _ = pointer(table, 1, i, count, tl.float32, ALIGNED)
+    grad, given = pointer(table, 2, i, count, tl.float32, ALIGNED)
+    inside &= given
     scaled = tl.load(grad + at, mask=inside) * factor
     squared = scaled * scaled
     if KEEP:
@@ -233,15 +297,12 @@ def square(total, grad, size, factor, KEEP: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(total + at, squared, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def update(
-    mean,
-    grad,
-    curvature,
-    momentum,
-    hess,
-    prior_mean,
-    size,
+    owners,
+    blocks,
+    table,
+    count,
     ess,
     weight_decay,
     rate1,
@@ -252,32 +313,39 @@ def update(
     inverse_divisor,
     PRICE: tl.constexpr,
     AVERAGE: tl.constexpr,
-    HAS_CURVATURE: tl.constexpr,
-    HAS_PRIOR: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """See `hf_ivon.passes.update`; `rate1` and `rate2` are its 1 - beta1 and 1 - beta2."""
-    at, inside = elements(size, BLOCK)
+    """See `hf_ivon.passes.update`; `rate1` and `rate2` are its 1 - beta1 and 1 - beta2.
+
+    Rows: sizes, means, gradients, curvatures, momenta, Hessians, prior means.
+    """
+    i, at, inside = elements(owners, blocks, table, ALIGNED, BLOCK)
+    mean, _ = pointer(table, 1, i, count, tl.float32, ALIGNED)
+    grad, _ = pointer(table, 2, i, count, tl.float32, ALIGNED)
+    curvature, learns = pointer(table, 3, i, count, tl.float32, ALIGNED)
+    momentum, _ = pointer(table, 4, i, count, MOMENTUM, ALIGNED)
+    hess, _ = pointer(table, 5, i, count, tl.float32, ALIGNED)
+    prior_mean, has_prior = pointer(table, 6, i, count, tl.float32, ALIGNED)
     center = tl.load(mean + at, mask=inside)
     average = tl.load(momentum + at, mask=inside).to(tl.float32)
     average += (tl.load(grad + at, mask=inside) - average) * rate1
     tl.store(momentum + at, average, mask=inside)
-    h = tl.load(hess + at, mask=inside, other=1.0)
-    if HAS_CURVATURE:
-        hess_hat = tl.load(curvature + at, mask=inside) * inverse_divisor
-        if PRICE:
-            hess_hat *= (h + weight_decay) * ess
-        change = (hess_hat - h) * rate2
-        if AVERAGE:
-            h += change
-            h = tl.where(h < 1e-30, 1e-30, h)
-        else:
-            h = changed_hess(h, change, weight_decay)
-        tl.store(hess + at, h, mask=inside)
-    displacement = center
-    if HAS_PRIOR:
-        displacement = center - tl.load(prior_mean + at, mask=inside)
-    direction = (average * inverse_debias + displacement * weight_decay) / (h + weight_decay)
+    old = tl.load(hess + at, mask=inside, other=1.0)
+    hess_hat = tl.load(curvature + at, mask=inside & learns, other=0.0) * inverse_divisor
+    if PRICE:
+        hess_hat *= (old + weight_decay) * ess
+    change = (hess_hat - old) * rate2
+    if AVERAGE:
+        new = old + change
+        new = tl.where(new < 1e-30, 1e-30, new)
+    else:
+        new = changed_hess(old, change, weight_decay)
+    new = tl.where(learns, new, old)
+    tl.store(hess + at, new, mask=inside & learns)
+    displacement = center - tl.load(prior_mean + at, mask=inside & has_prior, other=0.0)
+    direction = (average * inverse_debias + displacement * weight_decay) / (new + weight_decay)
     direction = tl.where(direction < -clip_radius, -clip_radius, direction)
     direction = tl.where(direction > clip_radius, clip_radius, direction)
     tl.store(mean + at, center - direction * lr, mask=inside)

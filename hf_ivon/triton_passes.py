@@ -1,15 +1,18 @@
-"""The passes of `hf_ivon.passes` in Triton, for Nvidia's and AMD's GPUs."""
+"""The passes of `hf_ivon.passes` in Triton, for Nvidia's and AMD's GPUs: one launch for any number of tensors."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_ivon.passes import NoiseOptions, UpdateOptions, UpdateTensors
+from hf_ivon.by_address import ByAddress, counted, sizes_of, words_of
+from hf_ivon.packs import addresses_of
 
 logger = logging.getLogger(__name__)
 
@@ -19,28 +22,17 @@ FAILED = (
     "be silent."
 )
 
-# Elements, or columns of four, that one program works on.
+# Elements that one program works on, or columns of noise.
 _BLOCK, _COLUMNS = 1024, 512
 
-# Means and Hessians that `TritonPasses.sample` works on.
-Prepared = tuple[Tensor, Tensor]
 
-
-class TritonPasses:
+class TritonPasses(ByAddress):
     """The passes, compiled for a device when they are first launched there.
-
-    After a failure none of them runs any more: they return False, and nothing is changed.
-
-    Attributes:
-        smallest: Number of elements below which a pass costs more to call than it saves.
-        narrow: Dtypes of weights, and of their gradients, whose means are kept apart in fp32.
-        failed: Whether something went wrong, which is said once.
 
     Raises:
         ImportError: If there is no Triton.
     """
 
-    smallest = 1
     narrow = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self) -> None:
@@ -48,118 +40,98 @@ class TritonPasses:
         from hf_ivon import triton_kernels
 
         self._kernels: Any = triton_kernels
-        self.failed = False
 
-    def prepare(self, theta: Tensor, mean: Tensor, hess: Tensor) -> Prepared:
-        """Return what `sample` works on beside the weights."""
-        return mean, hess
-
-    def sample(
-        self, theta: Tensor, prepared: Prepared, words: Tensor, ess: float, weight_decay: float, keep: bool = True
-    ) -> bool:
-        """Run the first pass on a whole tensor; see `Execution.sample_whole`."""
-        return self.sample_part(theta, prepared, words, ess, weight_decay, 0, theta.numel(), keep)
+    def _run(self, name: str, device: torch.device, elements: int, count: int, sizes: Any, *arguments: Any) -> bool:
+        rows, numbers = self._arguments(count, arguments)
+        whole = (0, 0, 0, 0, False) if name == "sample" else ()
+        return self._launch(name, device, sizes, rows, [*numbers, *whole])
 
     def sample_part(
         self,
         theta: Tensor,
-        prepared: Prepared,
+        mean: Tensor,
+        hess: Tensor,
         words: Tensor,
         ess: float,
         weight_decay: float,
         start: int,
         total: int,
-        keep: bool = False,
     ) -> bool:
-        """Run the first pass on a tensor that is a part of a flattened whole, or all of it; see `Execution.sample`."""
+        """Run `passes.sample_lanes` on a part of a flattened whole, whose mean is kept apart.
+
+        Args:
+            theta: Written to.
+            mean: The mean, shape of `theta`.
+            hess: Hessian estimate, shape of `theta`.
+            words: Output of `noise_words`.
+            ess: λ, number of examples.
+            weight_decay: δ, loss/param².
+            start: Position of the first element in the whole.
+            total: Number of elements of the whole.
+
+        Returns:
+            Whether it was done.
+        """
         size, width = theta.numel(), -(-total // 4)
         first = start % width
         if size >= width:
             ranges = [(0, width)]
-        else:  # the end of a lane and the beginning of the next
+        else:  # the end of a lane, and the beginning of the next
             ranges = [(first, min(first + size, width)), (0, first + size - width)]
-        numbers = *_signed(words), float(ess), float(weight_decay)
+        places = (addresses_of([t]) for t in (theta, mean, hess))
+        options = float(ess), float(weight_decay), False, theta.dtype
+        rows, numbers = self._arguments(1, (*places, *words_of(words), *options))
+        done = True
         for begin, end in ranges:
-            if begin >= end:
-                continue
-            places = size, start, width, begin, end
-            if not self._launch(
-                self._kernels.sample, end - begin, _COLUMNS, theta, *prepared, *places, *numbers, keep
-            ):
-                return False
-        torch.autograd.graph.increment_version(theta)
-        return True
+            if begin < end and done:
+                part = start, width, begin, end, True
+                done = self._launch(
+                    "sample", theta.device, sizes_of(theta), rows, [*numbers, *part], 4 * (end - begin)
+                )
+        return counted(done, theta)
 
-    def adopt(self, theta: Tensor, mean: Tensor) -> bool:
-        """Run `passes.adopt`."""
-        integer = {2: self._kernels.tl.int16, 4: self._kernels.tl.int32}[theta.element_size()]
-        done = self._launch(self._kernels.adopt, theta.numel(), _BLOCK, theta, mean, theta.numel(), integer)
-        if done:
-            torch.autograd.graph.increment_version(mean)
-        return done
+    def _arguments(self, count: int, given: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Return the rows of a kernel's table, and its numbers and flags, as `_run` is given them."""
+        rows: list[Any] = []
+        numbers: list[Any] = []
+        for value in given:
+            if value is None:
+                rows.append((ctypes.c_int64 * count)())
+            elif isinstance(value, ctypes.Array):
+                rows.append(value if value._type_ is ctypes.c_void_p else (ctypes.c_int64 * count)(*value))
+            elif isinstance(value, ctypes.Structure):
+                numbers += [getattr(value, name) for name, *_ in value._fields_]
+            elif isinstance(value, torch.dtype):
+                numbers.append(getattr(self._kernels.tl, str(value).removeprefix("torch.")))
+            else:
+                numbers.append(value)
+        return rows, numbers
 
-    def draw_lanes(self, lanes: list[Tensor], columns: Tensor, indices: Tensor, words: Tensor) -> bool:
-        """Run `passes.draw_lanes`."""
-        k0, k1, _, c2, c3 = _signed(words)
-        size = columns.numel()
-        return self._launch(self._kernels.draw_lanes, size, _COLUMNS, *lanes, columns, indices, size, k0, k1, c2, c3)
+    def _start(self, kernel: Any, programs: int, *arguments: Any) -> None:
+        kernel[(programs,)](*arguments, enable_fp_fusion=False)
 
-    def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> bool:
-        """Run `passes.take_product`."""
-        size = theta.numel()
-        done = self._launch(self._kernels.take_product, size, _BLOCK, theta, mean, grad, size, float(factor), squared)
-        if done:
-            torch.autograd.graph.increment_version((theta, mean))
-        return done
-
-    def add_product(self, total: Tensor, theta: Tensor, mean: Tensor, grad: Tensor, factor: float) -> bool:
-        """Run `passes.add_product`."""
-        size = total.numel()
-        return self._launch(self._kernels.add_product, size, _BLOCK, total, theta, mean, grad, size, float(factor))
-
-    def subtract_noise(
-        self, theta: Tensor, hess: Tensor, grad: Tensor | None, words: Tensor, options: NoiseOptions
+    def _launch(
+        self,
+        name: str,
+        device: torch.device,
+        sizes: Any,
+        rows: Sequence[Any],
+        numbers: Sequence[Any],
+        covered: int | None = None,
     ) -> bool:
-        """Run `passes.subtract_noise_lanes` on a whole tensor."""
-        o, factor = options, options.factor
-        if isinstance(factor, Tensor):
-            grad, factor = None if grad is None else grad * factor, 1.0
-        width = -(-theta.numel() // 4)
-        numbers = theta.numel(), width, *_signed(words), *map(float, (o.ess, o.weight_decay, 1.0 - o.beta2, factor))
-        tensors = theta, hess, theta if grad is None else grad
-        flags = o.first, grad is not None
-        done = self._launch(self._kernels.subtract_noise, width, _COLUMNS, *tensors, *numbers, *flags)
-        if done:
-            torch.autograd.graph.increment_version((theta, hess))
-        return done
-
-    def square(self, total: Tensor, grad: Tensor, factor: float, keep: bool) -> bool:
-        """Run `passes.square`."""
-        return self._launch(
-            self._kernels.square, total.numel(), _BLOCK, total, grad, total.numel(), float(factor), keep
-        )
-
-    def update(self, tensors: UpdateTensors, options: UpdateOptions) -> bool:
-        """Run `passes.update`."""
-        mean, _, curvature, momentum, hess, prior_mean = tensors
-        o, size = options, mean.numel()
-        given = [mean if t is None else t for t in tensors]
-        rates = o.ess, o.weight_decay, 1.0 - o.beta1, 1.0 - o.beta2
-        radius = ctypes.c_float(o.clip_radius).value  # the largest fp64 number is infinity
-        numbers = map(float, (*rates, 1.0 / o.debias, radius, o.lr, 1.0 / o.divisor))
-        flags = o.price, o.average, curvature is not None, prior_mean is not None
-        done = self._launch(self._kernels.update, size, _BLOCK, *given, size, *numbers, *flags)
-        if done:
-            torch.autograd.graph.increment_version((mean, momentum, hess))
-        return done
-
-    def _launch(self, kernel: Any, size: int, block: int, *arguments: Any) -> bool:
-        """Launch a kernel with a program for each block; the first argument is a tensor on the device to run on."""
+        """Launch a kernel on tensors of these sizes; `covered` elements are to be worked on, None is all."""
         if self.failed:
             return False
+        noise = name in ("sample", "subtract_noise")
+        block = _COLUMNS if noise else _BLOCK
         try:
-            with torch.cuda.device_of(arguments[0]):
-                kernel[(-(-size // block),)](*arguments, block, enable_fp_fusion=False)
+            table, aligned = _table(b"".join(map(bytes, (sizes, *rows))), len(sizes), noise, device)
+            owners, blocks = _programs(tuple(sizes) if covered is None else (covered,), block, 1 + 3 * noise, device)
+            with torch.cuda.device(-1 if device.index is None else device.index):
+                arguments = owners, blocks, table, len(sizes), *numbers, aligned, block
+                self._start(getattr(self._kernels, name), owners.numel(), *arguments)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # of any kind: compilers are not part of torch
             self.failed = True
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -168,6 +140,19 @@ class TritonPasses:
         return True
 
 
-def _signed(words: Tensor) -> list[int]:
-    """Return what noise is a function of as integers of 32 bits: larger ones would be compiled for anew."""
-    return [word - 2**32 if word >= 2**31 else word for word in words.tolist()]
+@functools.lru_cache(maxsize=4096)  # weights and states stay where they are, and gradients often are where they were
+def _table(rows: bytes, count: int, noise: bool, device: torch.device) -> tuple[Tensor, bool]:
+    """Return the table of a kernel, and whether its tensors are aligned; with noise the last row are their numbers."""
+    table = torch.frombuffer(bytearray(rows), dtype=torch.int64)
+    sizes, places = table[:count], table[count : -count if noise else None]
+    aligned = not ((sizes % 64).any() or (places % 16).any())
+    return table.to(device, non_blocking=True), aligned
+
+
+@functools.lru_cache(maxsize=64)
+def _programs(sizes: tuple[int, ...], block: int, lanes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return which tensor each program works on, and on which block of it."""
+    blocks = torch.tensor([-(-size // (block * lanes)) for size in sizes])
+    owners = torch.arange(len(sizes)).repeat_interleave(blocks)
+    numbers = torch.arange(len(owners)) - (blocks.cumsum(0) - blocks).repeat_interleave(blocks)
+    return owners.int().to(device, non_blocking=True), numbers.int().to(device, non_blocking=True)

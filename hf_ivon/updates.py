@@ -99,12 +99,7 @@ def _update_pack(pack: Pack, capture: GradientCapture, execution: Execution) -> 
     if all(missing):
         return
     pack.gather("product", capture.products.of(pack.params))
-    native = execution.native(pack)
-    if native is None:
-        pack.gather("grad", grads)
-        pack.read("mean")
-    else:
-        grads = pack.plain(grads)
+    grads, run, copied = pack.plain(grads), execution.by_address(pack), False
     names = ("mean", "grad", "product", "momentum", "hess", *(["prior_mean"] if pack.has_prior else []))
     steps = pack.flat("step")
     for (without, step), members, elements in pack.runs(list(zip(missing, steps.tolist(), strict=True))):
@@ -112,13 +107,16 @@ def _update_pack(pack: Pack, capture: GradientCapture, execution: Execution) -> 
             continue
         steps[members].add_(1)
         options = _options(pack.group, step + 1.0, capture.divisor)
-        if native is not None:
-            native.update_pack(pack, members, grads[members], options)
+        if run is not None and run.update_pack(pack, members, grads[members], options):
             continue
+        if not copied:
+            pack.gather("grad", grads)
+            pack.read("mean")
+            copied = True
         whole = members == slice(0, len(pack.params))
         mean, grad, product, momentum, hess, *prior = (
             pack.flat(n) if whole else pack.flat(n)[elements] for n in names
         )
         execution.update(mean, grad, product, momentum, hess, prior[0] if prior else None, options)
-    if native is None:
+    if copied:
         pack.write("mean")

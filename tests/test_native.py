@@ -44,7 +44,7 @@ def test_every_size_is_sampled_to_its_end_and_no_further(run, threads, monkeypat
         before, hess = numbers(size, 2)
         theta.copy_(before)
         words = philox.noise_words((size,), 5)
-        run.sample(theta, run.prepare(theta, mean, hess), words, 100.0, 1e-3)
+        run.sample(theta, mean, hess, words, 100.0, 1e-3)
         expected = before.clone()
         EAGER.sample(expected, before, hess, words, ess=100.0, weight_decay=1e-3)
         assert torch.equal(mean, before)
@@ -57,7 +57,7 @@ def test_weights_in_bf16_have_their_means_apart(run):
     for size in SIZES:
         mean, hess, total = numbers(size, 3)
         theta, before, words = torch.empty(size, dtype=torch.bfloat16), mean.clone(), philox.noise_words((size,), 5)
-        run.sample(theta, run.prepare(theta, mean, hess), words, 100.0, 1e-3, keep=False)
+        run.sample(theta, mean, hess, words, 100.0, 1e-3, keep=False)
         expected = mean.clone()
         EAGER.sample(expected, mean, hess, words, ess=100.0, weight_decay=1e-3)
         assert torch.equal(mean, before)
@@ -107,7 +107,7 @@ def test_draws_are_as_exact_as_in_python(run):
     """Another logarithm and other roundings are fine, a worse approximation is not."""
     size, words = 2**20, philox.noise_words((5,), 3)
     columns, drawn, mean, hess = torch.arange(size // 4), torch.zeros(size), torch.zeros(size), torch.ones(size)
-    run.sample(drawn, run.prepare(drawn, mean, hess), words, 1.0, 0.0)
+    run.sample(drawn, mean, hess, words, 1.0, 0.0)
     w = philox.philox4x32((columns, *words[2:]), (words[0], words[1]))
     exact = []
     for first, second in ((w[0], w[1]), (w[2], w[3])):
@@ -156,7 +156,7 @@ def test_values_at_the_ends_of_the_range_come_out_as_in_python(run):
     for hess in (torch.tensor(special).clamp_min(0), torch.full((9,), 3e38), torch.full((9,), 1e-30)):
         theta, mean = torch.ones_like(hess), torch.empty_like(hess)
         expected, words = theta.clone(), philox.noise_words((1,), 1)
-        run.sample(theta, run.prepare(theta, mean, hess), words, 1e6, 0.0)
+        run.sample(theta, mean, hess, words, 1e6, 0.0)
         EAGER.sample(expected, mean, hess, words, ess=1e6, weight_decay=0.0)
         torch.testing.assert_close(theta, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
@@ -190,10 +190,10 @@ def test_bytes_that_each_pass_moves(monkeypatch, tmp_path):
         return counted.value / size
 
     sample = {"words": philox.noise_words((1,), 1), "ess": 100.0, "weight_decay": 1e-3}
-    assert per_weight(lambda: run.sample(grad, run.prepare(grad, mean, hess), **sample)) == 16
-    assert per_weight(lambda: run.sample(bf16, run.prepare(bf16, mean, hess), **sample, keep=False)) == 10
+    assert per_weight(lambda: run.sample(grad, mean, hess, **sample)) == 16
+    assert per_weight(lambda: run.sample(bf16, mean, hess, **sample, keep=False)) == 10
     options = NoiseOptions(100.0, 1e-3, 0.9, 1.0, True)
-    assert per_weight(lambda: run.sample(grad, run.prepare(grad, grad, hess), **sample, keep=False)) == 12
+    assert per_weight(lambda: run.sample(grad, grad, hess, **sample, keep=False)) == 12
     assert per_weight(lambda: run.subtract_noise(grad, hess, mean, sample["words"], options)) == 20
     assert per_weight(lambda: run.take_product(mean, curvature, grad, 1.0, False)) == 20
     assert per_weight(lambda: run.add_product(curvature, mean, prior_mean, grad, 1.0)) == 20

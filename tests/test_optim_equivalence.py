@@ -218,7 +218,7 @@ def native_normal_lanes(size):
 
     def draw(columns, words):
         noise, mean, ones = torch.zeros(size), torch.zeros(size), torch.ones(size)
-        run.sample(noise, run.prepare(noise, mean, ones), words, 1.0, 0.0)
+        run.sample(noise, mean, ones, words, 1.0, 0.0)
         return tuple(lane[columns] for lane in noise.view(4, -1))
 
     return draw

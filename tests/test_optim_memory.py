@@ -87,7 +87,7 @@ def test_an_error_before_a_mean_was_kept_is_not_masked(monkeypatch):
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer._sampler, "_prepare", out_of_memory)
+        patch.setattr(optimizer._sampler, "borrow", out_of_memory)
         with pytest.raises(Stop), optimizer.sampled_params(train=True):
             pass
     assert torch.equal(model.weight, before)
