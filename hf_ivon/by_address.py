@@ -58,15 +58,29 @@ class ByAddress(ABC):
         keep: bool = True,
     ) -> bool:
         """Run `passes.sample_lanes` on a whole tensor; see there."""
-        options = float(ess), float(weight_decay), keep, theta.dtype
-        return counted(self._run_one("sample", (theta, mean, hess), *words_of(words), *options), theta)
+        return self.sample_all([theta], [mean], [hess], [int(words[2])], words, ess, weight_decay, keep)
+
+    def sample_all(
+        self,
+        thetas: Sequence[Tensor],
+        means: Sequence[Tensor],
+        hesses: Sequence[Tensor],
+        numbers: Sequence[int],
+        words: Tensor,
+        ess: float,
+        weight_decay: float,
+        keep: bool = True,
+    ) -> bool:
+        """Run `passes.sample_lanes` on several, with these numbers in place of the one in `words`."""
+        options = float(ess), float(weight_decay), keep, thetas[0].dtype
+        indices = (ctypes.c_uint32 * len(numbers))(*numbers)
+        return counted(self._run_all("sample", (thetas, means, hesses), indices, key_of(words), *options), thetas)
 
     def sample_pack(self, pack: Pack, words: Tensor, ess: float, weight_decay: float) -> bool:
         """Run the first pass on the parameters of a pack; their means go into its buffer "mean"."""
-        _, key = words_of(words)
         places = [pack.addresses(name) for name in ("params", "mean", "hess")]
         options = float(ess), float(weight_decay), True, torch.float32
-        return counted(self._run_pack("sample", pack, *places, pack.numbers, key, *options), pack.weights)
+        return counted(self._run_pack("sample", pack, *places, pack.numbers, key_of(words), *options), pack.weights)
 
     def adopt(self, theta: Tensor, mean: Tensor) -> bool:
         """Run `passes.adopt`."""
@@ -74,7 +88,19 @@ class ByAddress(ABC):
 
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> bool:
         """Run `passes.take_product`."""
-        return counted(self._run_one("take_product", (theta, mean, grad), float(factor), squared), (theta, mean))
+        return self.take_products([theta], [mean], [grad], factor, squared)
+
+    def take_products(
+        self,
+        thetas: Sequence[Tensor],
+        means: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        factor: float,
+        squared: bool,
+    ) -> bool:
+        """Run `passes.take_product` on several."""
+        done = self._run_all("take_product", (thetas, means, grads), float(factor), squared)
+        return counted(done, (*thetas, *means))
 
     def take_pack_product(self, pack: Pack, grads: Sequence[Tensor | None], factor: float, squared: bool) -> bool:
         """Run `passes.take_product` on the parameters of a pack and its buffer "mean"; no gradient is one of zero."""
@@ -98,7 +124,9 @@ class ByAddress(ABC):
             grad, options = None if grad is None else grad * options.factor, options._replace(factor=1.0)
         o = options
         rates = *map(float, (o.ess, o.weight_decay, 1.0 - o.beta2, o.factor)), o.first
-        return counted(self._run_one("subtract_noise", (theta, hess, grad), *words_of(words), *rates), (theta, hess))
+        index = (ctypes.c_uint32 * 1)(int(words[2]))
+        done = self._run_one("subtract_noise", (theta, hess, grad), index, key_of(words), *rates)
+        return counted(done, (theta, hess))
 
     def square(self, total: Tensor, grad: Tensor, factor: float, keep: bool) -> bool:
         """Run `passes.square`."""
@@ -110,12 +138,15 @@ class ByAddress(ABC):
 
     def update(self, tensors: UpdateTensors, options: UpdateOptions) -> bool:
         """Run `passes.update`."""
-        mean, _, _, momentum, hess, _ = tensors
-        places = [None if t is None else addresses_of([t]) for t in tensors]
-        arguments = *places, reciprocal(options), momentum.dtype
-        return counted(
-            self._run("update", mean.device, mean.numel(), 1, sizes_of(mean), *arguments), (mean, momentum, hess)
-        )
+        return self.update_all([tensors], options)
+
+    def update_all(self, tensors: Sequence[UpdateTensors], options: UpdateOptions) -> bool:
+        """Run `passes.update` on several, of which all have a curvature and a prior mean, or none."""
+        columns = list(zip(*tensors, strict=True))
+        means, _, _, momenta, hesses, _ = columns
+        given = [None if column[0] is None else column for column in columns]
+        done = self._run_all("update", given, reciprocal(options), momenta[0].dtype)
+        return counted(done, (*means, *momenta, *hesses))
 
     def update_pack(self, pack: Pack, members: slice, grads: Sequence[Tensor | None], options: UpdateOptions) -> bool:
         """Run `passes.update` on some parameters of a pack, whose products are in its buffer "product"."""
@@ -128,10 +159,16 @@ class ByAddress(ABC):
 
     def _run_one(self, name: str, tensors: Sequence[Tensor | None], *arguments: Any) -> bool:
         """Run a function on tensors of the size of the first."""
-        first = tensors[0]
+        return self._run_all(name, [(t,) for t in tensors], *arguments)
+
+    def _run_all(self, name: str, columns: Sequence[Sequence[Any] | None], *arguments: Any) -> bool:
+        """Run a function on several; each column has the tensors of one kind, those of the first say the sizes."""
+        first = columns[0]
         assert first is not None
-        places = (addresses_of([t]) for t in tensors)
-        return self._run(name, first.device, first.numel(), 1, sizes_of(first), *places, *arguments)
+        sizes = [t.numel() for t in first]
+        places = (None if column is None else addresses_of(column) for column in columns)
+        of_each = (ctypes.c_int64 * len(sizes))(*sizes)
+        return self._run(name, first[0].device, sum(sizes), len(sizes), of_each, *places, *arguments)
 
     def _run_pack(self, name: str, pack: Pack, *arguments: Any) -> bool:
         """Run a function on all parameters of a pack."""
@@ -168,15 +205,10 @@ def counted(done: bool, tensors: Tensor | Sequence[Tensor]) -> bool:
     return done
 
 
-def sizes_of(tensor: Tensor) -> Any:
-    """Return the number of elements as an array of ctypes."""
-    return (ctypes.c_int64 * 1)(tensor.numel())
-
-
-def words_of(words: Tensor) -> tuple[Any, Key]:
-    """Return the number of the tensor, and what its noise is a function of beside it."""
-    k0, k1, index, c2, c3 = words.tolist()
-    return (ctypes.c_uint32 * 1)(index), Key(k0, k1, c2, c3)
+def key_of(words: Tensor) -> Key:
+    """Return what noise is a function of beside the number of its tensor, of the output of `noise_words`."""
+    k0, k1, _, c2, c3 = words.tolist()
+    return Key(k0, k1, c2, c3)
 
 
 def _some(array: Any, members: slice) -> Any:

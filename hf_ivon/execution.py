@@ -14,7 +14,7 @@ from hf_ivon.compiled import Compiled, lanes
 from hf_ivon.functional import cache_sized, sample
 from hf_ivon.fused_passes import Fused, adopts, fused_passes, quick_passes, redraws
 from hf_ivon.packs import Pack, is_plain
-from hf_ivon.passes import NoiseOptions, UpdateOptions
+from hf_ivon.passes import NoiseOptions, UpdateOptions, UpdateTensors
 from hf_ivon.philox import normal_range
 from hf_ivon.triton_passes import TritonPasses
 
@@ -63,24 +63,62 @@ class Execution:
         run = self._fused_passes(pack.flat("hess"))
         return run if isinstance(run, ByAddress) else None
 
-    def sample_whole(
-        self, theta: Tensor, mean: Tensor, hess: Tensor, words: Tensor, *, ess: float, weight_decay: float
-    ) -> bool:
-        """Copy a whole tensor into its buffer and put a weight sample into it, by a fused pass.
+    def _together(
+        self,
+        items: Sequence[Sequence[Tensor]],
+        kinds: Sequence[Any] | None = None,
+        narrow: Sequence[tuple[Tensor, ...]] | None = None,
+    ) -> Iterator[tuple[Fused | None, list[int]]]:
+        """Yield which tensors can be worked on in one call, and by what.
 
         Args:
-            theta: Holds the mean. Written to.
-            mean: A buffer, shape of `theta`. Written to.
-            hess: Hessian estimate, shape of `theta`.
-            words: Output of `noise_words`.
+            items: Tensors of one size each.
+            kinds: What must be the same for all in a call; None is nothing.
+            narrow: Other tensors of each, which may be of a narrower dtype.
+
+        Yields:
+            Fused passes, if there are any for them, and the positions of these items: of one if not by address.
+        """
+        groups: dict[Any, tuple[Fused | None, list[int]]] = {}
+        for i, tensors in enumerate(items):
+            run = self._fused_passes(*tensors, narrow=() if narrow is None else narrow[i])
+            kind = None if kinds is None else kinds[i]
+            key = (tensors[0].device, kind) if isinstance(run, ByAddress) else i
+            groups.setdefault(key, (run, []))[1].append(i)
+        yield from groups.values()
+
+    def sample_whole(
+        self,
+        items: Sequence[tuple[Tensor, Tensor, Tensor]],
+        numbers: Sequence[int],
+        words: Tensor,
+        *,
+        ess: float,
+        weight_decay: float,
+    ) -> Iterator[list[int]]:
+        """Copy whole tensors into their buffers and put weight samples into them, by fused passes.
+
+        Args:
+            items: Of each a tensor that holds its mean, a buffer, and its Hessian estimate, of one shape; the first
+                two are written to.
+            numbers: What the noise of each is a function of, beside `words`.
+            words: Output of `noise_words`; the index in it is not used.
             ess: λ, number of examples.
             weight_decay: δ, loss/param².
 
-        Returns:
-            Whether it was done; if not, nothing is changed.
+        Yields:
+            Positions of those that have been done, after each call; those that are never named are not changed.
         """
-        run = self._fused_passes(theta, mean, hess)
-        return run is not None and run.sample(theta, mean, hess, words, ess, weight_decay)
+        for run, chosen in self._together(items):
+            if isinstance(run, ByAddress):
+                thetas, means, hesses = zip(*[items[i] for i in chosen], strict=True)
+                own_numbers = [numbers[i] for i in chosen]
+                done = run.sample_all(thetas, means, hesses, own_numbers, words, ess, weight_decay)
+            else:
+                own = words.index_fill(0, torch.tensor([2]), numbers[chosen[0]])
+                done = run is not None and run.sample(*items[chosen[0]], own, ess, weight_decay)
+            if done:
+                yield chosen
 
     def sample(
         self,
@@ -221,11 +259,32 @@ class Execution:
 
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> None:
         """Run `passes.take_product` on tensors of any size."""
-        run = self._fused_passes(theta, mean, grad)
-        if run is not None and run.take_product(theta, mean, grad, factor, squared):
-            return
-        for t, m, g in cache_sized(theta, mean, grad):
-            passes.take_product(t, m, g, factor, squared)
+        for _ in self.take_products([(theta, mean, grad)], factor, squared):
+            pass
+
+    def take_products(
+        self, items: Sequence[tuple[Tensor, Tensor, Tensor]], factor: float, squared: bool
+    ) -> Iterator[list[int]]:
+        """Run `passes.take_product` on several.
+
+        Args:
+            items: Of each its weights, mean and gradient.
+            factor: Multiplies the gradients.
+            squared: Keep squares.
+
+        Yields:
+            Positions of those that have been done, after each call.
+        """
+        for run, chosen in self._together(items):
+            if isinstance(run, ByAddress):
+                thetas, means, grads = zip(*[items[i] for i in chosen], strict=True)
+                done = run.take_products(thetas, means, grads, factor, squared)
+            else:
+                done = run is not None and run.take_product(*items[chosen[0]], factor, squared)
+            for i in () if done else chosen:
+                for t, m, g in cache_sized(*items[i]):
+                    passes.take_product(t, m, g, factor, squared)
+            yield chosen
 
     def add_product(self, total: Tensor, theta: Tensor, mean: Tensor, grad: Tensor, factor: float | Tensor) -> None:
         """Run `passes.add_product` on tensors of any size; the factor may be a 0-dim tensor."""
@@ -275,27 +334,30 @@ class Execution:
             if not missing:
                 self.square(pack.flat("product")[elements], grad[elements], factor, keep)
 
-    def update(
-        self,
-        mean: Tensor,
-        grad: Tensor,
-        curvature: Tensor | None,
-        momentum: Tensor,
-        hess: Tensor,
-        prior_mean: Tensor | None,
-        options: UpdateOptions,
-    ) -> None:
-        """Run `passes.update` on tensors of any size."""
-        given = mean, grad, curvature, momentum, hess, prior_mean
-        tensors = [t for t in given if t is not None]
-        run = self._fused_passes(*(t for t in tensors if t is not momentum), narrow=(momentum,))
-        if run is not None and run.update(given, options):
-            return
-        for piece in cache_sized(*tensors):
-            rest = iter(piece)
-            parts: list[Any] = [None if t is None else next(rest) for t in given]
-            m, g, c, average, h, prior = parts
-            passes.update(m, g, c, average, h, prior, *options)
+    def update(self, items: Sequence[UpdateTensors], options: UpdateOptions) -> None:
+        """Run `passes.update` on tensors of any size.
+
+        Args:
+            items: Of each the tensors that `passes.update` takes.
+            options: Those of all.
+        """
+        kinds, tensors = [], []
+        for mean, grad, curvature, momentum, hess, prior_mean in items:
+            kinds.append((curvature is None, momentum.dtype, prior_mean is None))
+            given = mean, grad, curvature, hess, prior_mean
+            tensors.append([t for t in given if t is not None])
+        narrow = [(momentum,) for _, _, _, momentum, _, _ in items]
+        for run, chosen in self._together(tensors, kinds, narrow):
+            if isinstance(run, ByAddress):
+                done = run.update_all([items[i] for i in chosen], options)
+            else:
+                done = run is not None and run.update(items[chosen[0]], options)
+            for i in () if done else chosen:
+                for piece in cache_sized(*(t for t in items[i] if t is not None)):
+                    rest = iter(piece)
+                    parts: list[Any] = [None if t is None else next(rest) for t in items[i]]
+                    m, g, c, average, h, prior = parts
+                    passes.update(m, g, c, average, h, prior, *options)
 
 
 def _pieces(*tensors: Tensor, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int, list[list[Tensor]]]]:

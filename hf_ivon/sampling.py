@@ -136,36 +136,54 @@ class WeightSampler:
         self.execution.plan(sum(pack.starts[-1] for pack in packs) + sum(draw.p.numel() for draw in draws))
         self._alone = [draw.p for draw in draws]
         self._sharded = any(map(distributed.is_sharded, self._alone))
+        whole: dict[tuple[Any, ...], list[Draw]] = {}
         for draw in draws:
-            self._perturb_one(draw, train)
+            if train and self._low_memory and self.redrawn.can_hold(draw.p, draw.state):
+                words = noise_words(draw.key, draw.index)
+                self.redrawn.perturb(draw.p, draw.group, distributed.local(draw.state["hess"]), words)
+            elif "mean" in draw.state or distributed.local(draw.p).numel() != draw.p.numel():
+                self._perturb_one(draw, train)
+            else:
+                whole.setdefault((id(draw.group), draw.key), []).append(draw)
+        for members in whole.values():
+            self._perturb_whole(members, train)
         if train and self._low_memory and not self.redrawn.sampled():
             _say_once(NO_EFFECT)
         for pack, key in packs.items():
             self._perturb_pack(pack, noise_words(key, 0), train)
         self.forget_copies()
 
+    def _perturb_whole(self, draws: Sequence[Draw], train: bool) -> None:
+        """Sample whole parameters of one group whose noise is of one key: by a fused pass together, or one by one."""
+        group, key = draws[0].group, draws[0].key
+        options = {"ess": ess_of(group, train), "weight_decay": group["weight_decay"]}
+        local = distributed.local
+        items = [(local(draw.p), self.borrow(draw.p), local(draw.state["hess"])) for draw in draws]
+        left = dict(enumerate(draws))
+        numbers = [draw.index for draw in draws]
+        for done in self.execution.sample_whole(items, numbers, noise_words(key, 0), **options):
+            for i in done:
+                self._keep(left.pop(i).p, items[i][1])
+        for i, draw in left.items():
+            weights, mean, hess = items[i]
+            self._keep(draw.p, mean.copy_(weights))
+            self.execution.sample(weights, mean, hess, noise_words(key, draw.index), **options)
+
     def _perturb_one(self, draw: Draw, train: bool) -> None:
+        """Sample a parameter whose mean is in its state, or the shard of one."""
         p, options = draw.p, {"ess": ess_of(draw.group, train), "weight_decay": draw.group["weight_decay"]}
         weights, hess = distributed.local(p), distributed.local(draw.state["hess"])
-        words = noise_words(draw.key, draw.index)
-        if train and self._low_memory and self.redrawn.can_hold(p, draw.state):
-            self.redrawn.perturb(p, draw.group, hess, words)
-            return
         if "mean" in draw.state:
-            self.means[p] = mean = distributed.local(draw.state["mean"])
+            self.means[p] = distributed.local(draw.state["mean"])
         else:
-            mean = self.borrow(p)
-            # A fused pass counts the noise from the tensor's beginning, which a shard does not have.
-            whole = weights.numel() == p.numel()
-            done = whole and self.execution.sample_whole(weights, mean, hess, words, **options)
-            if not done:
-                mean.copy_(weights)
-            self.means[p] = mean  # only now, when it holds the mean: an error before leaves nothing to restore
-            self._borrowed.add(p)
-            if done:
-                return
-        start = distributed.shard_start(p)
-        self.execution.sample(weights, mean, hess, words, start=start, total=p.numel(), **options)
+            self._keep(p, self.borrow(p).copy_(weights))
+        start, words = distributed.shard_start(p), noise_words(draw.key, draw.index)
+        self.execution.sample(weights, self.means[p], hess, words, start=start, total=p.numel(), **options)
+
+    def _keep(self, p: Tensor, mean: Tensor) -> None:
+        """Note a borrowed buffer that holds the mean now: an error before leaves nothing to restore."""
+        self.means[p] = mean
+        self._borrowed.add(p)
 
     def _perturb_pack(self, pack: Pack, words: Tensor, train: bool) -> None:
         options = {"ess": ess_of(pack.group, train), "weight_decay": pack.group["weight_decay"]}
@@ -239,20 +257,22 @@ class WeightSampler:
         """
         products: dict[Tensor, Tensor] = {}
         for pack in list(self._sampled_packs):
-            taken = [grads.get(p) for p in pack.params]
-            if not all(grad is None for grad in taken):
-                self._take_from_pack(pack, taken, factor, squared)
+            of_pack = [grads.get(p) for p in pack.params]
+            if not all(grad is None for grad in of_pack):
+                self._take_from_pack(pack, of_pack, factor, squared)
                 products.update(pack.by_parameter("product"))
         for p in self.redrawn.sampled():
             if p in grads:
                 self.redrawn.learn(p, grads[p], factor)
-        for p in [p for p in self._borrowed if p in grads]:
-            weights, mean = distributed.local(p), self.means[p]
-            scale = factor if isinstance(factor, float) else 1.0
-            self.execution.take_product(weights, mean, grads[p], scale, squared)
-            self._borrowed.discard(p)
-            products[p] = self.means.pop(p)
-            if isinstance(factor, Tensor):
+        taken = [p for p in self._borrowed if p in grads]
+        items = [(distributed.local(p), self.means[p], grads[p]) for p in taken]
+        scale = factor if isinstance(factor, float) else 1.0
+        for done in self.execution.take_products(items, scale, squared):
+            for p in [taken[i] for i in done]:
+                self._borrowed.discard(p)
+                products[p] = self.means.pop(p)
+        if isinstance(factor, Tensor):  # only now, when no mean can be taken for a product
+            for p in taken:
                 _scale(products[p], factor, squared)
         return products
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ivon.by_address import ByAddress, counted, sizes_of, words_of
+from hf_ivon.by_address import ByAddress, counted, key_of
 from hf_ivon.packs import addresses_of
 
 logger = logging.getLogger(__name__)
@@ -80,14 +80,13 @@ class TritonPasses(ByAddress):
             ranges = [(first, min(first + size, width)), (0, first + size - width)]
         places = (addresses_of([t]) for t in (theta, mean, hess))
         options = float(ess), float(weight_decay), False, theta.dtype
-        rows, numbers = self._arguments(1, (*places, *words_of(words), *options))
-        done = True
+        index = (ctypes.c_uint32 * 1)(int(words[2]))
+        rows, numbers = self._arguments(1, (*places, index, key_of(words), *options))
+        done, sizes = True, (ctypes.c_int64 * 1)(size)
         for begin, end in ranges:
             if begin < end and done:
                 part = start, width, begin, end, True
-                done = self._launch(
-                    "sample", theta.device, sizes_of(theta), rows, [*numbers, *part], 4 * (end - begin)
-                )
+                done = self._launch("sample", theta.device, sizes, rows, [*numbers, *part], 4 * (end - begin))
         return counted(done, theta)
 
     def _arguments(self, count: int, given: Sequence[Any]) -> tuple[list[Any], list[Any]]:

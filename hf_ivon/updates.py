@@ -14,7 +14,7 @@ from hf_ivon import distributed, functional
 from hf_ivon.capture import GradientCapture
 from hf_ivon.execution import Execution
 from hf_ivon.packs import Pack
-from hf_ivon.passes import UpdateOptions
+from hf_ivon.passes import UpdateOptions, UpdateTensors
 from hf_ivon.sampling import WeightSampler
 
 
@@ -49,10 +49,17 @@ def apply_updates(
         sampler: Is told of parameters that were written to.
         execution: How the passes over memory are run.
     """
+    alike: dict[UpdateOptions, list[Entry]] = {}
     for entry in entries:
-        entry.state["step"].add_(1)
-        options = _options(entry.group, float(entry.state["step"]), capture.divisor)
-        _update_one(entry, options, capture, sampler, execution)
+        options = _options(entry.group, float(entry.state["step"]) + 1.0, capture.divisor)
+        alike.setdefault(options, []).append(entry)
+    for options, members in alike.items():
+        execution.update([_tensors(entry, capture) for entry in members], options)
+        for entry in members:
+            entry.state["step"].add_(1)
+            if "mean" in entry.state:
+                entry.p.copy_(entry.state["mean"])
+                sampler.note(entry.p)
     for pack in packs:
         _update_pack(pack, capture, execution)
 
@@ -76,20 +83,14 @@ def _options(group: Mapping[str, Any], steps: float, divisor: float) -> UpdateOp
     )
 
 
-def _update_one(
-    entry: Entry, options: UpdateOptions, capture: GradientCapture, sampler: WeightSampler, execution: Execution
-) -> None:
-    p, state, grad = entry.p, entry.state, entry.p.grad
+def _tensors(entry: Entry, capture: GradientCapture) -> UpdateTensors:
+    p, state, grad, local = entry.p, entry.state, entry.p.grad, distributed.local
     assert grad is not None
-    mean = state.get("mean", p.detach())
-    local = distributed.local
+    mean, curvature = state.get("mean", p.detach()), capture.products.curvature(p)
     prior_mean = local(state["prior_mean"]) if "prior_mean" in state else None
-    grad, curvature = local(grad.to(mean.dtype)), capture.products.curvature(p)
     curvature = None if curvature is None else local(curvature)
-    execution.update(local(mean), grad, curvature, local(state["momentum"]), local(state["hess"]), prior_mean, options)
-    if "mean" in state:
-        p.copy_(mean)
-        sampler.note(p)
+    momentum, hess = local(state["momentum"]), local(state["hess"])
+    return local(mean), local(grad.to(mean.dtype)), curvature, momentum, hess, prior_mean
 
 
 def _update_pack(pack: Pack, capture: GradientCapture, execution: Execution) -> None:
@@ -117,6 +118,6 @@ def _update_pack(pack: Pack, capture: GradientCapture, execution: Execution) -> 
         mean, grad, product, momentum, hess, *prior = (
             pack.flat(n) if whole else pack.flat(n)[elements] for n in names
         )
-        execution.update(mean, grad, product, momentum, hess, prior[0] if prior else None, options)
+        execution.update([(mean, grad, product, momentum, hess, prior[0] if prior else None)], options)
     if copied:
         pack.write("mean")

@@ -175,11 +175,16 @@ def test_fused_passes_were_really_taken(fused, monkeypatch):
         sizes.append(tensors[0].numel())
         return type(run).update(run, tensors, options)
 
+    def update_all(tensors, options):
+        sizes.extend(t[0].numel() for t in tensors)
+        return type(run).update_all(run, tensors, options)
+
     def update_pack(pack, *args):
         sizes.append(pack.starts[-1])
         return type(run).update_pack(run, pack, *args)
 
     monkeypatch.setattr(run, "update", update)
+    monkeypatch.setattr(run, "update_all", update_all, raising=False)
     monkeypatch.setattr(run, "update_pack", update_pack, raising=False)
     params = make_params()
     optimizer = IVON(params, lr=0.1, ess=50.0, fused=True)
