@@ -110,13 +110,13 @@ class Execution:
             Positions of those that have been done, after each call; those that are never named are not changed.
         """
         for run, chosen in self._together(items):
+            done, own_numbers = False, [numbers[i] for i in chosen]
             if isinstance(run, ByAddress):
                 thetas, means, hesses = zip(*[items[i] for i in chosen], strict=True)
-                own_numbers = [numbers[i] for i in chosen]
                 done = run.sample_all(thetas, means, hesses, own_numbers, words, ess, weight_decay)
-            else:
-                own = words.index_fill(0, torch.tensor([2]), numbers[chosen[0]])
-                done = run is not None and run.sample(*items[chosen[0]], own, ess, weight_decay)
+            elif run is not None:
+                own_words = words.index_fill(0, torch.tensor([2]), own_numbers[0])
+                done = run.sample(*items[chosen[0]], own_words, ess, weight_decay)
             if done:
                 yield chosen
 

@@ -64,6 +64,8 @@ def _make_native(device_type: str) -> Native | None:
 def _make_triton(device_type: str) -> TritonPasses | None:
     try:
         run = TritonPasses()
+        if run.interpreted:
+            return None
         check(run, device_type)
     except (ImportError, ArithmeticError) as error:
         logger.info("The passes in Triton cannot be used (%s).", error)

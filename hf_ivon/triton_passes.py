@@ -29,6 +29,9 @@ _BLOCK, _COLUMNS = 1024, 512
 class TritonPasses(ByAddress):
     """The passes, compiled for a device when they are first launched there.
 
+    Attributes:
+        interpreted: Whether Triton's interpreter runs them, on the CPU, where addresses of a GPU mean nothing.
+
     Raises:
         ImportError: If there is no Triton.
     """
@@ -40,6 +43,7 @@ class TritonPasses(ByAddress):
         from hf_ivon import triton_kernels
 
         self._kernels: Any = triton_kernels
+        self.interpreted = not isinstance(triton_kernels.sample, triton_kernels.triton.JITFunction)
 
     def _run(self, name: str, device: torch.device, elements: int, count: int, sizes: Any, *arguments: Any) -> bool:
         rows, numbers = self._arguments(count, arguments)

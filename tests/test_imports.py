@@ -1,7 +1,9 @@
 """What importing the package costs, and what it offers."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +52,10 @@ def test_every_public_name_exists():
     assert dir(hf_ivon) == sorted(hf_ivon.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = hf_ivon.nonsense
+
+
+def test_every_module_has_its_layer_in_the_house():
+    """What the table of CONTRIBUTING.md does not name may import anything, and be imported from anywhere."""
+    root = Path(hf_ivon.__file__).parents[1]
+    named = set(re.findall(r"`(\w+)`", (root / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    assert {path.stem for path in (root / "hf_ivon").glob("[!_]*.py")} <= named

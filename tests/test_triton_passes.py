@@ -273,6 +273,13 @@ def test_wrong_passes_are_not_used(wrong, monkeypatch):
         fused_passes.check(TritonPasses(), DEVICE)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels are compiled")
+def test_the_interpreter_is_not_given_addresses_of_a_gpu(run):
+    """Who looks for a mistake in other kernels with TRITON_INTERPRET=1 would get a crash of the process."""
+    assert run.interpreted
+    assert fused_passes.quick_passes("cuda") is None
+
+
 def test_without_triton_another_way_is_taken(monkeypatch):
     """Wheels of torch for Windows come without."""
     monkeypatch.setitem(sys.modules, "hf_ivon.triton_kernels", None)
