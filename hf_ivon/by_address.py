@@ -84,7 +84,11 @@ class ByAddress(ABC):
 
     def adopt(self, theta: Tensor, mean: Tensor) -> bool:
         """Run `passes.adopt`."""
-        return counted(self._run_one("adopt", (theta, mean), theta.dtype), mean)
+        return self.adopt_all([theta], [mean])
+
+    def adopt_all(self, thetas: Sequence[Tensor], means: Sequence[Tensor]) -> bool:
+        """Run `passes.adopt` on several, whose weights are of one dtype."""
+        return counted(self._run_all("adopt", (thetas, means), thetas[0].dtype), means)
 
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> bool:
         """Run `passes.take_product`."""
@@ -109,7 +113,18 @@ class ByAddress(ABC):
 
     def add_product(self, total: Tensor, theta: Tensor, mean: Tensor, grad: Tensor, factor: float) -> bool:
         """Run `passes.add_product`; weights and gradient are of one dtype."""
-        return self._run_one("add_product", (total, theta, mean, grad), float(factor), theta.dtype)
+        return self.add_products([total], [theta], [mean], [grad], factor)
+
+    def add_products(
+        self,
+        totals: Sequence[Tensor],
+        thetas: Sequence[Tensor],
+        means: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        factor: float,
+    ) -> bool:
+        """Run `passes.add_product` on several; weights and gradients are of one dtype."""
+        return self._run_all("add_product", (totals, thetas, means, grads), float(factor), thetas[0].dtype)
 
     def add_pack_product(self, pack: Pack, grads: Sequence[Tensor | None], factor: float) -> bool:
         """Run `passes.add_product` on the parameters of a pack that have a gradient, and its buffer "product"."""
@@ -141,11 +156,11 @@ class ByAddress(ABC):
         return self.update_all([tensors], options)
 
     def update_all(self, tensors: Sequence[UpdateTensors], options: UpdateOptions) -> bool:
-        """Run `passes.update` on several, of which all have a curvature and a prior mean, or none."""
+        """Run `passes.update` on several, alike in what is None, and in the dtypes of gradients and momenta."""
         columns = list(zip(*tensors, strict=True))
-        means, _, _, momenta, hesses, _ = columns
+        means, grads, _, momenta, hesses, _ = columns
         given = [None if column[0] is None else column for column in columns]
-        done = self._run_all("update", given, reciprocal(options), momenta[0].dtype)
+        done = self._run_all("update", given, reciprocal(options), momenta[0].dtype, grads[0].dtype)
         return counted(done, (*means, *momenta, *hesses))
 
     def update_pack(self, pack: Pack, members: slice, grads: Sequence[Tensor | None], options: UpdateOptions) -> bool:
@@ -154,7 +169,8 @@ class ByAddress(ABC):
         params, products, *states = (_some(pack.addresses(name), members) for name in ("params", "product", *names))
         places = [params, addresses_of(grads), products, *states, *([] if pack.has_prior else [None])]
         elements = pack.starts[members.stop] - pack.starts[members.start]
-        arguments = len(grads), _some(pack.sizes, members), *places, reciprocal(options), torch.float32
+        dtypes = torch.float32, torch.float32
+        arguments = len(grads), _some(pack.sizes, members), *places, reciprocal(options), *dtypes
         return counted(self._run("update", pack.weights[0].device, elements, *arguments), pack.weights[members])
 
     def _run_one(self, name: str, tensors: Sequence[Tensor | None], *arguments: Any) -> bool:

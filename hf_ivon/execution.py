@@ -95,28 +95,34 @@ class Execution:
         *,
         ess: float,
         weight_decay: float,
+        keep: bool,
     ) -> Iterator[list[int]]:
-        """Copy whole tensors into their buffers and put weight samples into them, by fused passes.
+        """Put weight samples into whole tensors, by fused passes.
 
         Args:
-            items: Of each a tensor that holds its mean, a buffer, and its Hessian estimate, of one shape; the first
-                two are written to.
+            items: Of each a tensor that is written to, its mean, and its Hessian estimate, of one shape.
             numbers: What the noise of each is a function of, beside `words`.
             words: Output of `noise_words`; the index in it is not used.
             ess: λ, number of examples.
             weight_decay: δ, loss/param².
+            keep: The tensors hold their means, and are copied first into what is given as these.
 
         Yields:
             Positions of those that have been done, after each call; those that are never named are not changed.
         """
-        for run, chosen in self._together(items):
+        if keep:
+            groups = self._together(items)
+        else:
+            thetas = [(theta,) for theta, _, _ in items]
+            groups = self._together([(m, h) for _, m, h in items], [t.dtype for (t,) in thetas], thetas)
+        for run, chosen in groups:
             done, own_numbers = False, [numbers[i] for i in chosen]
             if isinstance(run, ByAddress):
-                thetas, means, hesses = zip(*[items[i] for i in chosen], strict=True)
-                done = run.sample_all(thetas, means, hesses, own_numbers, words, ess, weight_decay)
+                weights, means, hesses = zip(*[items[i] for i in chosen], strict=True)
+                done = run.sample_all(weights, means, hesses, own_numbers, words, ess, weight_decay, keep)
             elif run is not None:
                 own_words = words.index_fill(0, torch.tensor([2]), own_numbers[0])
-                done = run.sample(*items[chosen[0]], own_words, ess, weight_decay)
+                done = run.sample(*items[chosen[0]], own_words, ess, weight_decay, keep)
             if done:
                 yield chosen
 
@@ -249,13 +255,19 @@ class Execution:
             passes.subtract_noise_lanes(thetas, hesses, grads[0] if grads else None, columns, words, *options)
             yield stop
 
-    def adopt(self, theta: Tensor, mean: Tensor) -> None:
-        """Run `passes.adopt` on tensors of any size."""
-        run = self._fused_passes(mean, narrow=(theta,))
-        if run is not None and adopts(run, theta.device.type, theta.dtype) and run.adopt(theta, mean):
-            return
-        for t, m in cache_sized(theta, mean):
-            passes.adopt(t, m)
+    def adopt(self, items: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Run `passes.adopt` on tensors of any size: of each its weights and its mean."""
+        thetas = [(theta,) for theta, _ in items]
+        for run, chosen in self._together([(mean,) for _, mean in items], [t.dtype for (t,) in thetas], thetas):
+            first = items[chosen[0]]
+            done = run is not None and adopts(run, first[0].device.type, first[0].dtype)
+            if done and isinstance(run, ByAddress):
+                done = run.adopt_all(*zip(*[items[i] for i in chosen], strict=True))
+            elif done and run is not None:
+                done = run.adopt(*first)
+            for i in () if done else chosen:
+                for t, m in cache_sized(*items[i]):
+                    passes.adopt(t, m)
 
     def take_product(self, theta: Tensor, mean: Tensor, grad: Tensor, factor: float, squared: bool) -> None:
         """Run `passes.take_product` on tensors of any size."""
@@ -288,12 +300,21 @@ class Execution:
 
     def add_product(self, total: Tensor, theta: Tensor, mean: Tensor, grad: Tensor, factor: float | Tensor) -> None:
         """Run `passes.add_product` on tensors of any size; the factor may be a 0-dim tensor."""
-        if isinstance(factor, float):
-            run = self._fused_passes(total, mean, narrow=(theta, grad))
-            if run is not None and run.add_product(total, theta, mean, grad, factor):
-                return
-        for s, t, m, g in cache_sized(total, theta, mean, grad):
-            passes.add_product(s, t, m, g, factor)
+        self.add_products([(total, theta, mean, grad)], factor)
+
+    def add_products(self, items: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], factor: float | Tensor) -> None:
+        """Run `passes.add_product` on several: of each its sum, weights, mean and gradient."""
+        narrow = [(theta, grad) for _, theta, _, grad in items]
+        for run, chosen in self._together([(s, m) for s, _, m, _ in items], [t.dtype for t, _ in narrow], narrow):
+            done = False
+            if isinstance(run, ByAddress) and isinstance(factor, float):
+                totals, thetas, means, grads = zip(*[items[i] for i in chosen], strict=True)
+                done = run.add_products(totals, thetas, means, grads, factor)
+            elif run is not None and isinstance(factor, float):
+                done = run.add_product(*items[chosen[0]], factor)
+            for i in () if done else chosen:
+                for s, t, m, g in cache_sized(*items[i]):
+                    passes.add_product(s, t, m, g, factor)
 
     def add_pack_product(self, pack: Pack, grads: Sequence[Tensor | None], factor: float | Tensor) -> None:
         """Run `passes.add_product` on the parameters of a pack that have a gradient, and its buffer "product".
@@ -341,13 +362,14 @@ class Execution:
             items: Of each the tensors that `passes.update` takes.
             options: Those of all.
         """
-        kinds, tensors = [], []
-        for mean, grad, curvature, momentum, hess, prior_mean in items:
-            kinds.append((curvature is None, momentum.dtype, prior_mean is None))
-            given = mean, grad, curvature, hess, prior_mean
-            tensors.append([t for t in given if t is not None])
-        narrow = [(momentum,) for _, _, _, momentum, _, _ in items]
-        for run, chosen in self._together(tensors, kinds, narrow):
+        kinds, wide, narrow = [], [], []
+        for item in items:
+            _, grad, curvature, momentum, _, prior_mean = item
+            kinds.append((curvature is None, momentum.dtype, grad.dtype, prior_mean is None))
+            # Gradients and momenta may be of another dtype, which then is one.
+            narrow.append(tuple(t for t in (grad, momentum) if t.dtype != torch.float32))
+            wide.append([t for t in item if t is not None and all(t is not other for other in narrow[-1])])
+        for run, chosen in self._together(wide, kinds, narrow):
             if isinstance(run, ByAddress):
                 done = run.update_all([items[i] for i in chosen], options)
             else:

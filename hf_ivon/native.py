@@ -44,7 +44,7 @@ class Native(ByAddress):
             "add_product": [*[pointer] * 5, factor, flag],
             "subtract_noise": [*[pointer] * 5, key, *[factor] * 4, flag],
             "square": [*[pointer] * 3, factor, flag],
-            "update": [*[pointer] * 7, options, flag],
+            "update": [*[pointer] * 7, options, flag, flag],
         }
         self._functions = {name: library[f"ivon_{name}"] for name in types}
         for name, function in self._functions.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -227,14 +227,11 @@ class IVON(torch.optim.Optimizer):
     @torch.inference_mode(False)
     def _perturb(self, train: bool, noise: Noise) -> None:
         """Put the sample with this noise into the parameters."""
-        draws = [
-            Draw(p, group, self._state(p, group), noise.key(group, p), index)
-            for index, group, p in self._roster.singles
-            if p.requires_grad
-        ]
-        packs = {pack: noise.key(pack.group) for pack in self._roster.packs}
+        singles = [(index, group, p) for index, group, p in self._roster.singles if p.requires_grad]
+        self._complete([(group, p) for _, group, p in singles])
+        draws = [Draw(p, group, self.state[p], noise.key(group, p), index) for index, group, p in singles]
         with interrupts_deferred():
-            self._sampler.perturb(packs, draws, train)
+            self._sampler.perturb({pack: noise.key(pack.group) for pack in self._roster.packs}, draws, train)
 
     def _leave(self, train: bool, failed: bool) -> None:
         """Put the means back; whatever is raised meanwhile, the optimizer is outside afterwards."""
@@ -295,15 +292,14 @@ class IVON(torch.optim.Optimizer):
             return loss
         if not self._capture.captured and all(float(group["lr"]) == 0.0 for group in self.param_groups):
             # torch.distributed.checkpoint steps once with lr=0 and zero gradients to have the state allocated.
-            for group, p in self._parameters():
-                if p.grad is not None:
-                    self._state(p, group)
+            self._complete([(group, p) for group, p in self._parameters() if p.grad is not None])
             return loss
         self._capture.check(params, self.param_groups, self._mc_samples())
         self._capture.reduce([p for _, p in self._parameters() if p.requires_grad])
         self._roster.refresh(self.param_groups, self.state)
-        singles = [(p, g) for _, g, p in self._roster.singles if p.grad is not None]
-        entries = [Entry(p, g, self._state(p, g, again=True)) for p, g in singles]
+        singles = [(group, p) for _, group, p in self._roster.singles if p.grad is not None]
+        self._complete(singles, again=True)
+        entries = [Entry(p, group, self.state[p]) for group, p in singles]
         apply_updates(self._roster.packs, entries, self._capture, self._sampler, self._execution)
         self._capture.finish(params)
         self._advance_window()
@@ -324,11 +320,15 @@ class IVON(torch.optim.Optimizer):
     def _mc_samples(self) -> int:
         return max(group["mc_samples"] for group in self.param_groups)
 
-    def _state(self, p: Tensor, group: Mapping[str, Any], again: bool = False) -> dict[str, Any]:
-        """Return the state of `p`, complete, its mean as `WeightSampler.follow` has it."""
-        complete_state(p, group, self.state[p])
-        self._sampler.follow(p, self.state[p], again)
+    def _state(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        self._complete([(group, p)])
         return self.state[p]
+
+    def _complete(self, params: Sequence[tuple[Mapping[str, Any], Tensor]], again: bool = False) -> None:
+        """Complete the state of parameters, with their means as `WeightSampler.follow` has them."""
+        for group, p in params:
+            complete_state(p, group, self.state[p])
+        self._sampler.follow({p: self.state[p] for _, p in params}, again)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a bit-exact continuation needs, beside the parameters themselves.

@@ -449,8 +449,8 @@ struct Options {
 
 namespace {
 
-template <class Momentum>
-void update(int64_t count, const int64_t* sizes, float* const* means, const float* const* grads,
+template <class Momentum, class Gradient>
+void update(int64_t count, const int64_t* sizes, float* const* means, void* const* grads,
             const float* const* curvatures, void* const* momenta, float* const* hesses, const float* const* priors,
             const Options o, int threads) {
     const float delta = o.weight_decay;
@@ -458,9 +458,10 @@ void update(int64_t count, const int64_t* sizes, float* const* means, const floa
     const Floats most = filled<Floats>(o.clip_radius), least = -most;
     share_vectors(count, threads, sizes, [=](int64_t i, int64_t at, auto number) {
         Momentum* momenta_here = static_cast<Momentum*>(momenta[i]);
+        const Gradient* grads_here = static_cast<Gradient*>(grads[i]);
         Floats mean = load(means[i] + at, number), hess = load(hesses[i] + at, number);
         Floats momentum = load(momenta_here + at, number);
-        momentum += (load(grads[i] + at, number) - momentum) * o.rate1;
+        momentum += (load(grads_here + at, number) - momentum) * o.rate1;
         store(momenta_here + at, momentum, number);
         if (curvatures) {
             Floats estimate = load(curvatures[i] + at, number) * o.inverse_divisor;
@@ -483,10 +484,12 @@ void update(int64_t count, const int64_t* sizes, float* const* means, const floa
 extern "C" {
 
 // Runs lines 3 to 7 of Algorithm 1. `priors` may be null: zeros. So may `curvatures`: `hesses` stay as they are.
-void ivon_update(int64_t count, const int64_t* sizes, float* const* means, const float* const* grads,
+void ivon_update(int64_t count, const int64_t* sizes, float* const* means, void* const* grads,
                  const float* const* curvatures, void* const* momenta, float* const* hesses,
-                 const float* const* priors, const Options* options, int narrow_momentum, int threads) {
-    auto run = narrow_momentum ? update<uint16_t> : update<float>;
+                 const float* const* priors, const Options* options, int narrow_momentum, int narrow_grad,
+                 int threads) {
+    auto wide = narrow_grad ? update<float, uint16_t> : update<float, float>;
+    auto run = narrow_momentum ? narrow_grad ? update<uint16_t, uint16_t> : update<uint16_t, float> : wide;
     run(count, sizes, means, grads, curvatures, momenta, hesses, priors, *options, threads);
 }
 

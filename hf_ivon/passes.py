@@ -224,7 +224,7 @@ def update(
 
     Args:
         mean: Posterior mean. Written to.
-        grad: Gradient of the step, shape of `mean`.
+        grad: Gradient of the step, shape of `mean`, in its dtype or a narrower one.
         curvature: Sum of gradient times noise, or of Hessian estimates; shape of `mean`. None leaves the Hessian as it
             is: it has learned in the backward pass.
         momentum: Gradient average, shape of `mean`, in its dtype or bf16. Written to.
@@ -241,7 +241,7 @@ def update(
         price: Whether `curvature` holds gradient times noise.
         average: Whether the Hessian is a plain average of its estimates.
     """
-    average_grad = functional.update_momentum(momentum, grad, beta1=beta1)
+    average_grad = functional.update_momentum(momentum, grad.to(mean.dtype), beta1=beta1)
     momentum.copy_(average_grad)
     if curvature is not None:
         hess_hat = curvature * (1.0 / divisor)

@@ -54,8 +54,8 @@ class Products:
             squared: Keep squares.
         """
         self._sums.update(self._sampler.take_products(grads, factor, squared))
-        for p in () if squared else [p for p in self._sampler.written if p in grads]:
-            self.add(p, grads[p], factor)
+        if not squared:
+            self._add_all({p: grads[p] for p in self._sampler.written if p in grads}, factor)
 
     def add(self, p: Tensor, grad: Tensor, factor: float | Tensor) -> None:
         """Add gradient times noise of a parameter that holds a weight sample.
@@ -65,15 +65,19 @@ class Products:
             grad: Its gradient; may be sharded as it is.
             factor: Multiplies the gradient.
         """
-        sampler = self._sampler
-        if p in sampler.redrawn:
-            sampler.redrawn.learn(p, grad, factor)
-            return
-        if p not in self._sums:
-            self._sums[p] = sampler.borrow(p).zero_()
-        with torch.no_grad():
-            weights, gradient = distributed.local(p), distributed.local(grad)
-            sampler.execution.add_product(self._sums[p], weights, sampler.means[p], gradient, factor)
+        if p in self._sampler.redrawn:
+            self._sampler.redrawn.learn(p, grad, factor)
+        else:
+            self._add_all({p: grad}, factor)
+
+    @torch.no_grad()
+    def _add_all(self, grads: Mapping[Tensor, Tensor], factor: float | Tensor) -> None:
+        sampler, local = self._sampler, distributed.local
+        for p in grads:
+            if p not in self._sums:
+                self._sums[p] = sampler.borrow(p).zero_()
+        items = [(self._sums[p], local(p), sampler.means[p], local(grad)) for p, grad in grads.items()]
+        sampler.execution.add_products(items, factor)
 
     def add_small(self, grads: Mapping[Tensor, Tensor], factor: float | Tensor) -> None:
         """Do what `add` does for parameters in packs, all at once."""

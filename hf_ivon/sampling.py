@@ -141,10 +141,10 @@ class WeightSampler:
             if train and self._low_memory and self.redrawn.can_hold(draw.p, draw.state):
                 words = noise_words(draw.key, draw.index)
                 self.redrawn.perturb(draw.p, draw.group, distributed.local(draw.state["hess"]), words)
-            elif "mean" in draw.state or distributed.local(draw.p).numel() != draw.p.numel():
-                self._perturb_one(draw, train)
+            elif distributed.local(draw.p).numel() != draw.p.numel():
+                self._perturb_shard(draw, train)
             else:
-                whole.setdefault((id(draw.group), draw.key), []).append(draw)
+                whole.setdefault((id(draw.group), draw.key, "mean" in draw.state), []).append(draw)
         for members in whole.values():
             self._perturb_whole(members, train)
         if train and self._low_memory and not self.redrawn.sampled():
@@ -154,23 +154,31 @@ class WeightSampler:
         self.forget_copies()
 
     def _perturb_whole(self, draws: Sequence[Draw], train: bool) -> None:
-        """Sample whole parameters of one group whose noise is of one key: by a fused pass together, or one by one."""
-        group, key = draws[0].group, draws[0].key
+        """Sample whole parameters: by fused passes together, or one by one.
+
+        Args:
+            draws: Of one group and one key; the means are in the states of all, or of none.
+            train: See `perturb`.
+        """
+        group, key, apart = draws[0].group, draws[0].key, "mean" in draws[0].state
         options = {"ess": ess_of(group, train), "weight_decay": group["weight_decay"]}
         local = distributed.local
-        items = [(local(draw.p), self.borrow(draw.p), local(draw.state["hess"])) for draw in draws]
-        left = dict(enumerate(draws))
-        numbers = [draw.index for draw in draws]
-        for done in self.execution.sample_whole(items, numbers, noise_words(key, 0), **options):
-            for i in done:
-                self._keep(left.pop(i).p, items[i][1])
+        means = [local(draw.state["mean"]) if apart else self.borrow(draw.p) for draw in draws]
+        items = [(local(draw.p), m, local(draw.state["hess"])) for draw, m in zip(draws, means, strict=True)]
+        if apart:
+            self.means.update(zip((draw.p for draw in draws), means, strict=True))
+        left, numbers = dict(enumerate(draws)), [draw.index for draw in draws]
+        for done in self.execution.sample_whole(items, numbers, noise_words(key, 0), **options, keep=not apart):
+            for draw, mean in [(left.pop(i), means[i]) for i in done]:
+                if not apart:
+                    self._keep(draw.p, mean)
         for i, draw in left.items():
             weights, mean, hess = items[i]
-            self._keep(draw.p, mean.copy_(weights))
+            if not apart:
+                self._keep(draw.p, mean.copy_(weights))
             self.execution.sample(weights, mean, hess, noise_words(key, draw.index), **options)
 
-    def _perturb_one(self, draw: Draw, train: bool) -> None:
-        """Sample a parameter whose mean is in its state, or the shard of one."""
+    def _perturb_shard(self, draw: Draw, train: bool) -> None:
         p, options = draw.p, {"ess": ess_of(draw.group, train), "weight_decay": draw.group["weight_decay"]}
         weights, hess = distributed.local(p), distributed.local(draw.state["hess"])
         if "mean" in draw.state:
@@ -198,16 +206,21 @@ class WeightSampler:
             pack.write("theta")
 
     @torch.no_grad()
-    def follow(self, p: Tensor, state: Mapping[str, Any], again: bool = False) -> None:
-        """Let a mean that is kept in the state follow what others wrote to its parameter since the last write here.
+    def follow(self, states: Mapping[Tensor, Mapping[str, Any]], again: bool = False) -> None:
+        """Let means that are kept in states follow what others wrote to their parameters since the last write here.
 
         Args:
-            p: The parameter.
-            state: Its complete state; there is a mean in it if the parameter's dtype is, or was, a narrower one.
-            again: Do so already in this step: only what has changed the parameter's version or place may be new.
+            states: Parameter to its complete state; there is a mean in it if its dtype is, or was, a narrower one.
+            again: Do so already in this step: only what has changed a parameter's version or place may be new.
         """
-        if "mean" in state and p not in self.means and not (again and self.written.get(p) == _mark(p)):
-            self.execution.adopt(distributed.local(p), distributed.local(state["mean"]))
+        changed = [
+            p
+            for p, state in states.items()
+            if "mean" in state and p not in self.means and not (again and self.written.get(p) == _mark(p))
+        ]
+        local = distributed.local
+        self.execution.adopt([(local(p), local(states[p]["mean"])) for p in changed])
+        for p in changed:
             self.note(p)
 
     def note(self, p: Tensor) -> None:

@@ -314,6 +314,7 @@ def update(
     PRICE: tl.constexpr,
     AVERAGE: tl.constexpr,
     MOMENTUM: tl.constexpr,
+    GRADIENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -323,14 +324,14 @@ def update(
     """
     i, at, inside = elements(owners, blocks, table, ALIGNED, BLOCK)
     mean, _ = pointer(table, 1, i, count, tl.float32, ALIGNED)
-    grad, _ = pointer(table, 2, i, count, tl.float32, ALIGNED)
+    grad, _ = pointer(table, 2, i, count, GRADIENT, ALIGNED)
     curvature, learns = pointer(table, 3, i, count, tl.float32, ALIGNED)
     momentum, _ = pointer(table, 4, i, count, MOMENTUM, ALIGNED)
     hess, _ = pointer(table, 5, i, count, tl.float32, ALIGNED)
     prior_mean, has_prior = pointer(table, 6, i, count, tl.float32, ALIGNED)
     center = tl.load(mean + at, mask=inside)
     average = tl.load(momentum + at, mask=inside).to(tl.float32)
-    average += (tl.load(grad + at, mask=inside) - average) * rate1
+    average += (tl.load(grad + at, mask=inside).to(tl.float32) - average) * rate1
     tl.store(momentum + at, average, mask=inside)
     old = tl.load(hess + at, mask=inside, other=1.0)
     hess_hat = tl.load(curvature + at, mask=inside & learns, other=0.0) * inverse_divisor

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_ivon import distributed, functional
@@ -49,11 +50,12 @@ def apply_updates(
         sampler: Is told of parameters that were written to.
         execution: How the passes over memory are run.
     """
-    alike: dict[UpdateOptions, list[Entry]] = {}
+    alike: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
         options = _options(entry.group, float(entry.state["step"]) + 1.0, capture.divisor)
-        alike.setdefault(options, []).append(entry)
-    for options, members in alike.items():
+        # Those that are cast go alone: together the copies would be as large as the model.
+        alike.setdefault((options, entry.p if _is_cast(entry) else None), []).append(entry)
+    for (options, _), members in alike.items():
         execution.update([_tensors(entry, capture) for entry in members], options)
         for entry in members:
             entry.state["step"].add_(1)
@@ -83,6 +85,12 @@ def _options(group: Mapping[str, Any], steps: float, divisor: float) -> UpdateOp
     )
 
 
+def _is_cast(entry: Entry) -> bool:
+    """Tell whether a gradient is not for the passes as it is."""
+    p = entry.p
+    return p.grad is not None and p.grad.dtype not in (torch.float32, torch.bfloat16, entry.state["hess"].dtype)
+
+
 def _tensors(entry: Entry, capture: GradientCapture) -> UpdateTensors:
     p, state, grad, local = entry.p, entry.state, entry.p.grad, distributed.local
     assert grad is not None
@@ -90,7 +98,8 @@ def _tensors(entry: Entry, capture: GradientCapture) -> UpdateTensors:
     prior_mean = local(state["prior_mean"]) if "prior_mean" in state else None
     curvature = None if curvature is None else local(curvature)
     momentum, hess = local(state["momentum"]), local(state["hess"])
-    return local(mean), local(grad.to(mean.dtype)), curvature, momentum, hess, prior_mean
+    grad = grad.to(mean.dtype) if _is_cast(entry) else grad
+    return local(mean), local(grad), curvature, momentum, hess, prior_mean
 
 
 def _update_pack(pack: Pack, capture: GradientCapture, execution: Execution) -> None:

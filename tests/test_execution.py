@@ -302,6 +302,24 @@ def test_a_compiled_pass_that_does_not_round_means_is_not_used(monkeypatch, capl
     assert "rounds in another way" in caplog.text
 
 
+@pytest.mark.parametrize(("dtype", "together"), [(torch.bfloat16, [3]), (torch.float16, [1, 1, 1])])
+def test_gradients_that_are_cast_are_so_one_after_another(dtype, together, monkeypatch):
+    """All in fp32 at once would be a second copy of the model, which may not have room; bf16 needs none at all."""
+    params = [nn.Parameter(torch.ones(COMPILED_SIZE, dtype=dtype)) for _ in range(3)]
+    optimizer, updates, update = IVON(params, lr=0.1, ess=1e6, fused=True), [], execution.Execution.update
+    monkeypatch.setattr(
+        execution.Execution,
+        "update",
+        lambda self, items, options: updates.append(items) or update(self, items, options),
+    )
+    train(params, optimizer, steps=1)
+    assert [len(items) for items in updates] == together
+    assert {item[1].dtype for items in updates for item in items} == {
+        torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    }
+    assert optimizer.posterior_mean(params[2]).sub(1).abs().min() > 0
+
+
 def held(optimizer):
     """All tensors that the optimizer holds on to, in elements; each storage once."""
     tensors = [t for state in optimizer.state.values() for t in state.values()]

@@ -120,14 +120,15 @@ def test_draws_are_as_exact_as_in_python(run):
     assert errors[0].mean() < 1.5 * errors[1].mean() < 1e-6
 
 
+@pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("momentum", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize(("price", "average"), [(True, False), (False, True), (False, False)])
-def test_updates_of_every_size(run, momentum, prior, price, average):
+def test_updates_of_every_size(run, gradient, momentum, prior, price, average):
     """All estimators, priors and precisions; a step that is wrong for some is training gone wrong without a word."""
     for size in [*range(1, 40), 2**15 + 3]:
         mean, grad, curvature, average_grad, hess, prior_mean = numbers(size, 6)
-        tensors = [mean, grad, curvature - 0.5, average_grad.to(momentum), hess]
+        tensors = [mean, grad.to(gradient), curvature - 0.5, average_grad.to(momentum), hess]
         expected = [t.clone() for t in tensors]
         options = OPTIONS._replace(price=price, average=average, divisor=3.0, clip_radius=0.5)
         run.update((*tensors, prior_mean if prior else None), options)
@@ -199,6 +200,7 @@ def test_bytes_that_each_pass_moves(monkeypatch, tmp_path):
     assert per_weight(lambda: run.add_product(curvature, mean, prior_mean, grad, 1.0)) == 20
     assert per_weight(lambda: run.square(curvature, grad, 1.0, False)) == 8
     assert per_weight(lambda: run.update((mean, grad, curvature, momentum, hess, None), OPTIONS)) == 32
+    assert per_weight(lambda: run.update((mean, bf16, curvature, momentum, hess, None), OPTIONS)) == 30
     assert per_weight(lambda: run.update((mean, grad, None, momentum, hess, None), OPTIONS)) == 24
     assert per_weight(lambda: run.update((mean, grad, curvature, bf16, hess, prior_mean), OPTIONS)) == 32
 

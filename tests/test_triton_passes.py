@@ -151,15 +151,18 @@ def test_noise_is_taken_off_and_the_hessian_learns(run, first):
 
 @pytest.mark.parametrize("clip_radius", [0.3, sys.float_info.max])
 @pytest.mark.parametrize(("price", "average"), [(True, False), (False, False), (False, True)])
-@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
-def test_updates_with_every_option(run, price, average, clip_radius, momentum_dtype):
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.float16, torch.float32)]
+)
+def test_updates_with_every_option(run, price, average, clip_radius, dtypes):
     """A machine with a GPU must train the same model as one without."""
     options = UpdateOptions(100.0, 1e-3, 0.9, 0.99, 0.1, clip_radius, 0.1, 3.0, price, average)
     for size in SIZES:
         for with_curvature, with_prior in ((True, False), (True, True), (False, False)):
             mean, grad, curvature, momentum, hess, prior = numbers(size, 6)
             curvature -= 50.0  # much of it; the Hessian stays positive, or at its least
-            given = [mean, grad, curvature if with_curvature else None, momentum.to(momentum_dtype), hess]
+            grad, momentum = grad.to(dtypes[0]), momentum.to(dtypes[1])
+            given = [mean, grad, curvature if with_curvature else None, momentum, hess]
             given.append(prior if with_prior else None)
             expected = [None if t is None else t.clone() for t in given]
             run.update(tuple(given), options)
