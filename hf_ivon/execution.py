@@ -152,13 +152,14 @@ class Execution:
         """
         total = theta.numel() if total is None else total
         run = self._fused_passes(mean, hess, narrow=(theta,))
-        # The others count the noise from the tensor's beginning, which a shard does not have.
-        if isinstance(run, TritonPasses):
-            if run.sample_part(theta, mean, hess, words, ess, weight_decay, start, total):
-                return
-        elif run is not None and theta.numel() == total:
-            if run.sample(theta, mean, hess, words, ess, weight_decay, keep=False):
-                return
+        if run is not None and theta.numel() == total:
+            done = run.sample(theta, mean, hess, words, ess, weight_decay, keep=False)
+        else:  # the others count the noise from the tensor's beginning, which a shard does not have
+            done = isinstance(run, TritonPasses) and run.sample_part(
+                theta, mean, hess, words, ess, weight_decay, start, total
+            )
+        if done:
+            return
         words = words.to(theta.device, non_blocking=True)
         if theta.dtype == mean.dtype and theta.numel() == total and theta.is_contiguous() and hess.is_contiguous():
             for begin, end, (thetas, means, hesses) in _pieces(theta, mean, hess):

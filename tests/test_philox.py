@@ -99,11 +99,12 @@ def test_a_pack_gives_each_tensor_the_noise_that_it_has_alone():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_words_go_to_an_accelerator_without_waiting_for_it():
+@pytest.mark.parametrize("fused", [False, True])
+def test_words_go_to_an_accelerator_without_waiting_for_it(fused):
     """A wait for every tensor would stall the device a hundred times a step."""
     small = [nn.Parameter(torch.zeros(100, device="cuda")) for _ in range(3)]
     params = [*small, nn.Parameter(torch.zeros(2**18, device="cuda"))]
-    optimizer = IVON(params, lr=0.1, ess=10.0, fused=False)
+    optimizer = IVON(params, lr=0.1, ess=10.0, fused=fused)
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
         try:
