@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from hf_ivon.execution import Execution
 from hf_ivon.optim import IVON
 from hf_ivon.passes import NoiseOptions, UpdateOptions
 from hf_ivon.triton_passes import TritonPasses
+from tests.test_native import errors_of_draws
 
 triton = pytest.importorskip("triton")
 
@@ -185,18 +185,9 @@ def test_a_weight_without_number_stays_so(run):
 def test_draws_are_as_exact_as_in_python(run):
     """Another logarithm and other roundings are fine, a worse approximation is not."""
     size, words = 2**20, philox.noise_words((5,), 3)
-    columns = torch.arange(size // 4)
     drawn, mean, hess = (torch.full((size,), value, device=DEVICE) for value in (0.0, 0.0, 1.0))
     run.sample(drawn, mean, hess, words, 1.0, 0.0)
-    w = philox.philox4x32((columns, *words[2:]), (words[0], words[1]))
-    exact = []
-    for first, second in ((w[0], w[1]), (w[2], w[3])):
-        uniform = ((first >> 8).float() + 0.5).double() * 2.0**-24
-        angle = ((second >> 8).double() - (2.0**23 - 0.5)) * 2.0**-23 * math.pi
-        radius = (-2 * uniform.log()).sqrt()
-        exact += [radius * angle.cos(), radius * angle.sin()]
-    in_python = torch.cat(philox.normal_lanes(columns, words))
-    errors = [(d.double() - torch.cat(exact)).abs() for d in (drawn.cpu(), in_python)]
+    errors = errors_of_draws(drawn.cpu(), words)
     assert errors[0].max() < 1.5 * errors[1].max() < 1e-5
     assert errors[0].mean() < 1.5 * errors[1].mean() < 1e-6
 
