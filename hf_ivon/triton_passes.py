@@ -128,8 +128,9 @@ class TritonPasses(ByAddress):
         noise = name in ("sample", "subtract_noise")
         block = _COLUMNS if noise else _BLOCK
         try:
-            table, aligned = _table(b"".join(map(bytes, (sizes, *rows))), len(sizes), noise, device)
-            owners, blocks = _programs(tuple(sizes) if covered is None else (covered,), block, 1 + 3 * noise, device)
+            place = device, _stream(device)
+            table, aligned = _table(b"".join(map(bytes, (sizes, *rows))), len(sizes), noise, *place)
+            owners, blocks = _programs(tuple(sizes) if covered is None else (covered,), block, 1 + 3 * noise, *place)
             with torch.cuda.device(-1 if device.index is None else device.index):
                 arguments = owners, blocks, table, len(sizes), *numbers, aligned, block
                 self._start(getattr(self._kernels, name), owners.numel(), *arguments)
@@ -143,8 +144,13 @@ class TritonPasses(ByAddress):
         return True
 
 
+def _stream(device: torch.device) -> int:
+    """Return which stream of a GPU a kernel will be in; others do not wait for what was copied there in this one."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 @functools.lru_cache(maxsize=4096)  # weights and states stay where they are, and gradients often are where they were
-def _table(rows: bytes, count: int, noise: bool, device: torch.device) -> tuple[Tensor, bool]:
+def _table(rows: bytes, count: int, noise: bool, device: torch.device, stream: int) -> tuple[Tensor, bool]:
     """Return the table of a kernel, and whether its tensors are aligned; with noise the last row are their numbers."""
     table = torch.frombuffer(bytearray(rows), dtype=torch.int64)
     sizes, places = table[:count], table[count : -count if noise else None]
@@ -153,7 +159,9 @@ def _table(rows: bytes, count: int, noise: bool, device: torch.device) -> tuple[
 
 
 @functools.lru_cache(maxsize=64)
-def _programs(sizes: tuple[int, ...], block: int, lanes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _programs(
+    sizes: tuple[int, ...], block: int, lanes: int, device: torch.device, stream: int
+) -> tuple[Tensor, Tensor]:
     """Return which tensor each program works on, and on which block of it."""
     blocks = torch.tensor([-(-size // (block * lanes)) for size in sizes])
     owners = torch.arange(len(sizes)).repeat_interleave(blocks)

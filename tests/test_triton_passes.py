@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from hf_ivon import execution, fused_passes, passes, philox
+from hf_ivon import execution, fused_passes, passes, philox, triton_passes
 from hf_ivon.execution import Execution
 from hf_ivon.optim import IVON
 from hf_ivon.passes import NoiseOptions, UpdateOptions
@@ -257,6 +257,19 @@ def test_a_failure_in_the_middle_of_a_step_changes_nothing(contexts, monkeypatch
     assert total >= 6
     for fails_at in range(total):
         assert_same([train(fails_at)], [expected], rtol=1e-4, atol=1e-5)
+
+
+def test_each_stream_has_its_own_tables(run, monkeypatch):
+    """A kernel in another stream would not wait for its table, and write wherever the memory's last contents say."""
+    tables = []
+    monkeypatch.setattr(run, "_start", lambda kernel, programs, *arguments: tables.append(arguments[:3]))
+    total, grad = numbers(1000, 2)
+    for stream in (1, 2, 1):
+        monkeypatch.setattr(triton_passes, "_stream", lambda device, stream=stream: stream)
+        assert run.square(total, grad, 1.0, False)
+    first, second, again = tables
+    assert all(a is not b and torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(a is b for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("wrong", ["take_product", "square"])
