@@ -8,6 +8,7 @@ The model follows nanoGPT: GELU, no dropout, tied head, no biases. Transformers'
 they are set to zero and frozen, which is the same function; `--bias true` trains them.
 """
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    TrainerCallback,
     default_data_collator,
     set_seed,
 )
@@ -206,6 +208,21 @@ def build_model(args: ModelArguments, tokenizer: Any, block_size: int) -> GPT2LM
     return model
 
 
+class Clock(TrainerCallback):
+    """Notes in each record of the log how many seconds training has taken, without evaluations."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start; after a checkpoint, from its time on."""
+        earlier = [record["train_seconds"] for record in state.log_history if "train_seconds" in record]
+        self.start = time.perf_counter() - (earlier[-1] if earlier else 0.0)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        record = state.log_history[-1]
+        self.start += record.get("eval_runtime", 0.0)
+        record["train_seconds"] = time.perf_counter() - self.start
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train and evaluate; return what `results.json` holds."""
     model_args, data_args, args = common.parse_args((ModelArguments, DataArguments, IVONTrainingArguments), argv)
@@ -233,6 +250,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         eval_dataset=validation,
         data_collator=default_data_collator,
         processing_class=tokenizer,
+        callbacks=[Clock()],
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
