@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import common
-from benchmark_optimizer import OptimizerOnly, optimizers, parameters
+try:
+    from recipes import common, timing
+except ImportError:  # run as a script: this directory is on the path
+    import common
+    import timing
 
 MILLION = 2**20
 UNITS = {
@@ -35,7 +35,7 @@ UNITS = {
 }
 
 
-class Averaged(OptimizerOnly):
+class Averaged(timing.OptimizerOnly):
     """Contexts that each zero their gradients, and are averaged."""
 
     def backward(self, params: list[nn.Parameter]) -> None:
@@ -50,15 +50,19 @@ def shapes(millions: int) -> list[tuple[int, ...]]:
 
 
 def step(
-    optimizer: str, millions: int, device: str, contexts: int = 1, kind: type[OptimizerOnly] = OptimizerOnly
-) -> OptimizerOnly:
+    optimizer: str,
+    millions: int,
+    device: str,
+    contexts: int = 1,
+    kind: type[timing.OptimizerOnly] = timing.OptimizerOnly,
+) -> timing.OptimizerOnly:
     """Return an optimizer with its parameters, ready to be timed."""
-    params = parameters(shapes(millions), device)
-    twins = parameters(shapes(millions), device) if kind is OptimizerOnly else None
-    return kind(optimizers([optimizer])[optimizer](params), params, contexts, twins)
+    params = timing.parameters(shapes(millions), device)
+    twins = timing.parameters(shapes(millions), device) if kind is timing.OptimizerOnly else None
+    return kind(timing.optimizers([optimizer])[optimizer](params), params, contexts, twins)
 
 
-def medians(steps: dict[int, OptimizerOnly], rounds: int) -> dict[int, float]:
+def medians(steps: dict[int, timing.OptimizerOnly], rounds: int) -> dict[int, float]:
     """Return the median seconds of each, of rounds in which they take turns."""
     seconds: dict[int, list[float]] = {size: [] for size in steps}
     for number in range(rounds + 2):
@@ -99,14 +103,14 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[int, float]
     """Return seconds by what is varied, optimizer and size."""
     least = options.weights[0]
 
-    def growing(make: Callable[[int], OptimizerOnly], sizes: list[int]) -> dict[int, float]:
+    def growing(make: Callable[[int], timing.OptimizerOnly], sizes: list[int]) -> dict[int, float]:
         return medians({size: make(size) for size in sizes}, options.rounds)
 
     found: dict[str, dict[str, dict[int, float]]] = {"weights": {}}
     for name in ("ivon fused", "adamw fused"):
         found["weights"][name] = growing(lambda n, name=name: step(name, n, options.device), options.weights)
     for what, kind, sizes in (
-        ("micro-batches", OptimizerOnly, options.micro_batches),
+        ("micro-batches", timing.OptimizerOnly, options.micro_batches),
         ("samples", Averaged, options.samples),
     ):
         times = growing(lambda n, kind=kind: step("ivon fused", least, options.device, n, kind), sizes)

@@ -2,8 +2,8 @@
 
     python recipes/pretraining_race.py --output_dir race --minutes 10                 # embedded corpus, offline
     python recipes/pretraining_race.py --output_dir race --minutes 10 \\
-        --setting AdamW "--optim adamw_torch_fused --learning_rate 1e-3 --weight_decay 0.1 --adam_beta2 0.95" \\
-        --setting IVON "--optim ivon --learning_rate 0.3 --weight_decay 1e-6 --ivon_ess 1e10 --ivon_hess_init 0.001" \\
+        --setting AdamW "--optim adamw_torch_fused --learning_rate 6e-4 --weight_decay 0.1 --adam_beta2 0.95" \\
+        --setting IVON "--optim ivon --ivon_preset pretraining" \\
         -- --train_file books.jsonl.gz --config_overrides n_positions=1024 --block_size 1024 --vocab_size 50257 \\
         --per_device_train_batch_size 12 --gradient_accumulation_steps 8 --bf16 true      # GPT-2 on a GPU
 

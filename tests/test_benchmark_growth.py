@@ -18,7 +18,9 @@ def test_every_kind_of_work_is_measured(tmp_path, monkeypatch, capsys):
         "ivon fused": [1, 2],
         "adamw fused": [1, 2],
     }
-    assert all(seconds > 0 for kind in found.values() for points in kind.values() for seconds in points.values())
+    # Not positive: what hooks add is a difference of two measurements, and these tensors are small.
+    measured = [seconds for kind in found.values() for points in kind.values() for seconds in points.values()]
+    assert np.isfinite(measured).all()
     assert json.loads((tmp_path / "results.json").read_text()).keys() == found.keys()
     assert (tmp_path / "growth.png").stat().st_size > 1000
     assert "explained" in capsys.readouterr().out
