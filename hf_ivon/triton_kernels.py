@@ -106,12 +106,17 @@ def width_of(size, ALIGNED: tl.constexpr):
 
 @triton.jit
 def pointer(table, row, i, count, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return where a tensor begins, and whether there is one."""
-    address = tl.load(table + row * count + i)
-    begin = address.to(tl.pointer_type(DTYPE))
+    """Return where a tensor begins."""
+    begin = tl.load(table + row * count + i).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         begin = tl.multiple_of(begin, 16)
-    return begin, address != 0
+    return begin
+
+
+@triton.jit
+def is_given(table, row, i, count, at):
+    """Return whether there is a tensor, for each place; as a mask of the interpreter one truth value will not do."""
+    return tl.zeros_like(at) + tl.load(table + row * count + i) != 0
 
 
 @triton.jit
@@ -161,9 +166,9 @@ def sample(
         width = width_of(size, ALIGNED)
         inside = columns < width
         at = columns
-    theta, _ = pointer(table, 1, i, count, WEIGHT, ALIGNED)
-    mean, _ = pointer(table, 2, i, count, tl.float32, ALIGNED)
-    hess, _ = pointer(table, 3, i, count, tl.float32, ALIGNED)
+    theta = pointer(table, 1, i, count, WEIGHT, ALIGNED)
+    mean = pointer(table, 2, i, count, tl.float32, ALIGNED)
+    hess = pointer(table, 3, i, count, tl.float32, ALIGNED)
     d0, d1, d2, d3 = normals(columns, k0, k1, tl.load(table + 4 * count + i).to(tl.uint32), c2, c3)
     sample_lane(theta, mean, hess, at, inside & (at >= 0) & (at < size), d0, ess, weight_decay, KEEP)
     at += width
@@ -215,9 +220,10 @@ def subtract_noise(
     i, at, size = columns_of(owners, blocks, table, ALIGNED, BLOCK)
     width = width_of(size, ALIGNED)
     inside = at < width
-    theta, _ = pointer(table, 1, i, count, tl.float32, ALIGNED)
-    hess, _ = pointer(table, 2, i, count, tl.float32, ALIGNED)
-    grad, given = pointer(table, 3, i, count, tl.float32, ALIGNED)
+    theta = pointer(table, 1, i, count, tl.float32, ALIGNED)
+    hess = pointer(table, 2, i, count, tl.float32, ALIGNED)
+    grad = pointer(table, 3, i, count, tl.float32, ALIGNED)
+    given = is_given(table, 3, i, count, at)
     d0, d1, d2, d3 = normals(at, k0, k1, tl.load(table + 4 * count + i).to(tl.uint32), c2, c3)
     here = inside & (at < size)
     subtract_noise_lane(theta, hess, grad, at, here, given, d0, ess, weight_decay, rate, factor, FIRST)
@@ -236,8 +242,8 @@ def subtract_noise(
 def adopt(owners, blocks, table, count, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """See `hf_ivon.passes.adopt`. Rows: sizes, weights, means."""
     i, at, inside = elements(owners, blocks, table, ALIGNED, BLOCK)
-    theta, _ = pointer(table, 1, i, count, WEIGHT, ALIGNED)
-    mean, _ = pointer(table, 2, i, count, tl.float32, ALIGNED)
+    theta = pointer(table, 1, i, count, WEIGHT, ALIGNED)
+    mean = pointer(table, 2, i, count, tl.float32, ALIGNED)
     weights = tl.load(theta + at, mask=inside)
     old = tl.load(mean + at, mask=inside)
     if WEIGHT == tl.float32:
@@ -253,9 +259,10 @@ def take_product(
 ):
     """See `hf_ivon.passes.take_product`; zeros without a gradient. Rows: sizes, weights, means, gradients."""
     i, at, inside = elements(owners, blocks, table, ALIGNED, BLOCK)
-    theta, _ = pointer(table, 1, i, count, tl.float32, ALIGNED)
-    mean, _ = pointer(table, 2, i, count, tl.float32, ALIGNED)
-    grad, given = pointer(table, 3, i, count, tl.float32, ALIGNED)
+    theta = pointer(table, 1, i, count, tl.float32, ALIGNED)
+    mean = pointer(table, 2, i, count, tl.float32, ALIGNED)
+    grad = pointer(table, 3, i, count, tl.float32, ALIGNED)
+    given = is_given(table, 3, i, count, at)
     center = tl.load(mean + at, mask=inside)
     product = tl.load(grad + at, mask=inside & given, other=0.0)
     if SQUARED:
@@ -273,10 +280,11 @@ def add_product(
 ):
     """See `hf_ivon.passes.add_product`; nothing without a gradient. Rows: sizes, totals, weights, means, gradients."""
     i, at, inside = elements(owners, blocks, table, ALIGNED, BLOCK)
-    total, _ = pointer(table, 1, i, count, tl.float32, ALIGNED)
-    theta, _ = pointer(table, 2, i, count, WEIGHT, ALIGNED)
-    mean, _ = pointer(table, 3, i, count, tl.float32, ALIGNED)
-    grad, given = pointer(table, 4, i, count, WEIGHT, ALIGNED)
+    total = pointer(table, 1, i, count, tl.float32, ALIGNED)
+    theta = pointer(table, 2, i, count, WEIGHT, ALIGNED)
+    mean = pointer(table, 3, i, count, tl.float32, ALIGNED)
+    grad = pointer(table, 4, i, count, WEIGHT, ALIGNED)
+    given = is_given(table, 4, i, count, at)
     inside &= given
     noise = tl.load(theta + at, mask=inside).to(tl.float32) - tl.load(mean + at, mask=inside)
     product = noise * tl.load(grad + at, mask=inside).to(tl.float32) * factor
@@ -287,8 +295,9 @@ def add_product(
 def square(owners, blocks, table, count, factor, KEEP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """See `hf_ivon.passes.square`; nothing without a gradient. Rows: sizes, totals, gradients."""
     i, at, inside = elements(owners, blocks, table, ALIGNED, BLOCK)
-    total, _ = pointer(table, 1, i, count, tl.float32, ALIGNED)
-    grad, given = pointer(table, 2, i, count, tl.float32, ALIGNED)
+    total = pointer(table, 1, i, count, tl.float32, ALIGNED)
+    grad = pointer(table, 2, i, count, tl.float32, ALIGNED)
+    given = is_given(table, 2, i, count, at)
     inside &= given
     scaled = tl.load(grad + at, mask=inside) * factor
     squared = scaled * scaled
@@ -323,12 +332,14 @@ def update(
     Rows: sizes, means, gradients, curvatures, momenta, Hessians, prior means.
     """
     i, at, inside = elements(owners, blocks, table, ALIGNED, BLOCK)
-    mean, _ = pointer(table, 1, i, count, tl.float32, ALIGNED)
-    grad, _ = pointer(table, 2, i, count, GRADIENT, ALIGNED)
-    curvature, learns = pointer(table, 3, i, count, tl.float32, ALIGNED)
-    momentum, _ = pointer(table, 4, i, count, MOMENTUM, ALIGNED)
-    hess, _ = pointer(table, 5, i, count, tl.float32, ALIGNED)
-    prior_mean, has_prior = pointer(table, 6, i, count, tl.float32, ALIGNED)
+    mean = pointer(table, 1, i, count, tl.float32, ALIGNED)
+    grad = pointer(table, 2, i, count, GRADIENT, ALIGNED)
+    curvature = pointer(table, 3, i, count, tl.float32, ALIGNED)
+    learns = is_given(table, 3, i, count, at)
+    momentum = pointer(table, 4, i, count, MOMENTUM, ALIGNED)
+    hess = pointer(table, 5, i, count, tl.float32, ALIGNED)
+    prior_mean = pointer(table, 6, i, count, tl.float32, ALIGNED)
+    has_prior = is_given(table, 6, i, count, at)
     center = tl.load(mean + at, mask=inside)
     average = tl.load(momentum + at, mask=inside).to(tl.float32)
     average += (tl.load(grad + at, mask=inside).to(tl.float32) - average) * rate1
