@@ -45,10 +45,10 @@ def compiled_passes():
 @pytest.fixture(scope="module")
 def triton_passes():
     """The passes as GPUs have them, here run by Triton's interpreter."""
-    triton = pytest.importorskip("triton")
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("Triton's kernels run on the GPU here, see test_triton_passes.py")
+    pytest.importorskip("triton")
     run = TritonPasses()
+    if not run.interpreted:
+        pytest.skip("Triton's kernels run on the GPU here, see test_triton_passes.py")
     fused_passes.check(run, "cpu")
     return run
 
