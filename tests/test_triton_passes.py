@@ -287,6 +287,36 @@ def test_the_interpreter_is_not_given_addresses_of_a_gpu(run):
     assert fused_passes.quick_passes("cuda") is None
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels are compiled")
+def test_masks_hold_a_truth_value_for_each_place(run, monkeypatch):
+    """Triton's interpreter fails from 3.9 on if a mask is one truth value for all; before it took such for numbers."""
+    builder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
+    found = set()
+
+    def watched(name, place):
+        original = getattr(builder, name)
+
+        def call(self, *args, **kwargs):
+            found.add((name, str(args[place].data.dtype)))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(builder, name, call)
+
+    watched("create_masked_load", 1)
+    watched("create_masked_store", 2)
+    a, b, c, d, e, f = numbers(8, 6)
+    words, options = philox.noise_words((1,), 1), UpdateOptions(9.0, 0.1, 0.9, 0.9, 0.1, 1.0, 0.1, 1.0, True, False)
+    run.sample(a, b, c, words, 9.0, 0.1)
+    run.subtract_noise(a, c, None, words, NoiseOptions(9.0, 0.1, 0.9, 1.0, True))
+    run.take_product(a, b, d, 1.0, False)
+    run.add_product(e, a, b, d, 1.0)
+    run.square(e, d, 1.0, True)
+    run.adopt(a, b)
+    run.update((a, d, b, e, c, f), options)
+    assert not run.failed
+    assert found == {("create_masked_load", "bool"), ("create_masked_store", "bool")}
+
+
 def test_without_triton_another_way_is_taken(monkeypatch):
     """Wheels of torch for Windows come without."""
     monkeypatch.setitem(sys.modules, "hf_ivon.triton_kernels", None)
