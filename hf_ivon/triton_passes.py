@@ -151,7 +151,7 @@ def _stream(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=4096)  # weights and states stay where they are, and gradients often are where they were
 def _table(rows: bytes, count: int, noise: bool, device: torch.device, stream: int) -> tuple[Tensor, bool]:
-    """Return the table of a kernel, and whether its tensors are aligned; with noise the last row are their numbers."""
+    """Return a kernel's table for a stream, and whether its tensors are aligned; with noise its end are numbers."""
     table = torch.frombuffer(bytearray(rows), dtype=torch.int64)
     sizes, places = table[:count], table[count : -count if noise else None]
     aligned = not ((sizes % 64).any() or (places % 16).any())
@@ -162,7 +162,7 @@ def _table(rows: bytes, count: int, noise: bool, device: torch.device, stream: i
 def _programs(
     sizes: tuple[int, ...], block: int, lanes: int, device: torch.device, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """Return which tensor each program works on, and on which block of it."""
+    """Return which tensor each program works on, and on which block of it, for a stream."""
     blocks = torch.tensor([-(-size // (block * lanes)) for size in sizes])
     owners = torch.arange(len(sizes)).repeat_interleave(blocks)
     numbers = torch.arange(len(owners)) - (blocks.cumsum(0) - blocks).repeat_interleave(blocks)
