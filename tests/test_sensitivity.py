@@ -141,18 +141,23 @@ def test_wrong_labels_stand_out():
 
 
 def test_sequences_are_followed_by_their_loss():
-    """A language model's examples are whole texts, whatever pads them; their loss counts tokens with a label."""
+    """A language model's examples are whole texts, whatever pads them; their loss counts tokens with a label.
+
+    A text without one must neither be an error, after hours, nor weigh anything.
+    """
     model = tiny.gpt2()
     variance = random_variance(model)
     posterior = posterior_for(model, variance)
     posterior = Posterior(variance, dataclasses.replace(posterior.config, num_tokens=100, ess=25.0))
-    ids = torch.randint(3, tiny.VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(4))
-    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    ids = torch.randint(3, tiny.VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(4))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 7])
     labels = torch.where(mask.bool(), ids, -100)
     labels[0, 2] = -100
+    labels[2] = -100
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     found = estimate_sensitivity(model, posterior, [batch])
-    assert found.num_tokens.tolist() == [5.0, 3.0]
+    assert found.num_tokens.tolist() == [5.0, 3.0, 0.0]
+    assert [column[2].item() for column in (found.score, found.loss, found.loo_loss)] == [0.0, 0.0, 0.0]
     model.eval()
     for i, length in enumerate((7, 4)):
         model.zero_grad()
@@ -186,13 +191,14 @@ def test_the_model_is_left_as_it_was():
         ({"num_examples": None}, "how many examples it was trained on"),
         ({"labels": None}, "must have `labels`, got none"),
         ({"labels": torch.full((6,), 3)}, "one class of 3 per example, got \\[3\\]"),
+        ({"outputs": 2, "labels": torch.full((6,), 2)}, "one class of 2 per example, got \\[2\\]"),
         ({"data": []}, "at least one example with a label"),
         ({"variance": {"other": torch.ones(1)}}, "lacks `other`"),
     ],
 )
 def test_what_cannot_be_estimated_is_refused(change, message):
     """Each would end in a traceback that does not say what to do, or in a wrong number."""
-    model, (x, _, batches) = Net(), data()
+    model, (x, _, batches) = Net(change.get("outputs", 3)), data()
     posterior = posterior_for(
         model, change.get("variance", random_variance(model)), num_examples=change.get("num_examples", 50)
     )
