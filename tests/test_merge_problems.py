@@ -100,6 +100,17 @@ def test_quantized_weights_are_no_weights(models, where, dtype):
         merge(names, directory / "out", base_model=directory / "base", method="average")
 
 
+def test_a_quantized_base_is_named_by_its_own_names(models):
+    """An encoder saved alone has other names: looked up under the models', its weights in 8 bits went unseen."""
+    directory, names, _ = models
+    own = {name.removeprefix("bert."): value for name, value in tensors(directory / "base").items()}
+    name = "encoder.layer.0.output.dense.weight"
+    file = directory / "base" / "model.safetensors"
+    save_file({**own, name: own[name].to(torch.int8)}, file, {"format": "pt"})
+    message = message_of(names, str(directory / "base"), method="task-arithmetic")
+    assert f"`{name}` is int8 in {directory}/base and float32 in {directory}/a: if it is quantized" in message
+
+
 def test_whole_numbers_are_not_compared_with_the_base(models):
     """Numbers of positions are the models' own, and the rule asks the base for none."""
     directory, names, _ = models
