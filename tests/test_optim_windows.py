@@ -54,6 +54,26 @@ def test_zeroing_inside_averages(set_to_none, by, hess_approx):
     torch.testing.assert_close(curvature, torch.stack(products).mean(0))
 
 
+@pytest.mark.parametrize("used_in", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_a_parameter_without_a_gradient_in_some_samples_counts_as_zero_there(used_in):
+    """An expert that the router takes only at some weight samples would get larger steps than its loss asks for."""
+    p, q = nn.Parameter(torch.tensor([0.3, -0.2, 0.1])), nn.Parameter(torch.tensor([-0.1, 0.4, 0.2]))
+    optimizer = IVON([p, q], lr=0.1, ess=20.0, beta2=0.5)
+    mean = q.detach().clone()
+    grads, products = [], []
+    for sample in range(3):
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            backward(p)
+            if sample in used_in:
+                grad, theta = backward(q)
+                grads.append(grad)
+                products.append(grad * (theta - mean))
+    grad_hat, curvature = step_and_read(q, optimizer)
+    torch.testing.assert_close(grad_hat, sum(grads) / 3)
+    torch.testing.assert_close(curvature, sum(products) / 3)
+
+
 @pytest.mark.parametrize("zero", ["after the step", "inside the first", "before the first"])
 def test_gradients_that_add_up_are_summed(zero):
     """Gradient accumulation, with the weights in the losses; averaging would divide the learning rate once more."""
