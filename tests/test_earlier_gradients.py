@@ -44,16 +44,22 @@ def test_gradients_at_the_mean_mixed_into_a_window_raise(where):
         optimizer.step()
 
 
-def test_gradients_at_the_mean_are_forgotten_when_cleared():
+@pytest.mark.parametrize("steps", [0, 1])
+def test_gradients_at_the_mean_are_forgotten_when_cleared(steps):
     """Logging a gradient norm at the mean between two steps is legitimate once the gradients are cleared."""
     model = make_model()
     optimizer = make_ivon(model.parameters())
+    for _ in range(steps):  # from then on hooks see the gradients
+        with optimizer.sampled_params(train=True):
+            model(torch.randn(3, 4)).sum().backward()
+        optimizer.step()
+        model.zero_grad()
     model(torch.randn(3, 4)).sum().backward()
     model.zero_grad()
     with optimizer.sampled_params(train=True):
         model(torch.randn(3, 4)).sum().backward()
     optimizer.step()
-    assert optimizer.param_groups[0]["window"] == 1
+    assert optimizer.param_groups[0]["window"] == steps + 1
 
 
 def test_gradients_of_an_earlier_step_raise():
