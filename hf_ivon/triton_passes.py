@@ -151,7 +151,7 @@ def _stream(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=4096)  # weights and states stay where they are, and gradients often are where they were
 def _table(rows: bytes, count: int, noise: bool, device: torch.device, stream: int) -> tuple[Tensor, bool]:
-    """Return a kernel's table for a stream, and whether its tensors are aligned; with noise its end are numbers."""
+    """Return a kernel's table for a stream, and whether tensors are aligned; with noise, its last row numbers them."""
     table = torch.frombuffer(bytearray(rows), dtype=torch.int64)
     sizes, places = table[:count], table[count : -count if noise else None]
     aligned = not ((sizes % 64).any() or (places % 16).any())
